@@ -36,6 +36,7 @@ class ReadOptions:
     skip_damaged   False: a damaged line is an error. True: it is left out and counted as "damaged".
     unescape       AG News only: backslashes stand for spaces, and `#39;`, `quot;` ... for characters.
     strip_prefix   text cut from the front of cl_benchmark sentences ("Text: ").
+    body_only      cl_benchmark: of "Title: ...\\nText: ..." keep the text.
     header         alps: the file begins with a header line.
     skipped        how many rows were left out, by reason.
     """
@@ -43,6 +44,7 @@ class ReadOptions:
     skip_damaged: bool = False
     unescape: bool = False
     strip_prefix: str = ""
+    body_only: bool = False
     header: bool = False
     skipped: Counter[str] = field(default_factory=Counter)
 
@@ -93,6 +95,7 @@ def read_cot_tsv(path: Path, options: ReadOptions) -> Iterator[Row]:
         row: Row = {"input": text.strip(), "output": answer, "rationale": chain}
         if choices:
             row["options"] = [choice.removeprefix("-").strip() for choice in choices[0].split("\n") if choice.strip()]
+            row["show_options"] = True  # the question makes no sense without them
         yield row
 
 
@@ -145,6 +148,7 @@ def read_cl_benchmark(path: Path, options: ReadOptions) -> Iterator[Row]:
             options.skipped["unlabelled"] += 1
             continue
         text = row["sentence"].removeprefix(options.strip_prefix)
+        text = text.split("\nText:", 1)[-1] if options.body_only else text
         text = unescape_agnews(text) if options.unescape else text
         yield {"input": text.strip(), "output": row["label"], "options": list(labels)}
 

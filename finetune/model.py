@@ -1,0 +1,298 @@
+"""T5 for packed training: Hugging Face's tensor names, our own forward pass.
+
+Hugging Face's T5 has one attention mask for encoder self-attention and cross-attention, so rows that hold several
+examples cannot be trained with it. This one takes segment ids and builds the three masks. It is numerically equal to
+theirs, its `state_dict()` has their names, and it does less work: one relative bias per stack and step, one product
+for q, k and v, logits for the positions that carry loss only.
+
+The three masks of a row that holds two examples (segments 1 1 1 2 2, then padding 0; `x` may look):
+
+    encoder self-attention      decoder self-attention      cross-attention
+    (same segment)              (same segment, not later)   (decoder segment = encoder segment)
+
+          1 1 1 2 2 0                 1 1 2 2                       1 1 1 2 2 0   encoder
+        1 x x x . . .               1 x . . .                     1 x x x . . .
+        1 x x x . . .               1 x x . .                     1 x x x . . .
+        1 x x x . . .               2 . . x .                     2 . . . x x .
+        2 . . . x x .               2 . . x x                     2 . . . x x .
+        2 . . . x x .                                       decoder
+        0 . . . . . x
+
+The relative bias depends on the distance of two positions only, so positions need not restart in a segment.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+
+import torch
+import torch.nn.functional as F  # noqa: N812  (the name everybody knows)
+from torch import Tensor, nn
+
+from finetune.collate import PackedBatch
+from finetune.config import ModelConfig
+
+MASKED = -1e9  # finite: a row with nothing to look at (padding) gets even attention, never NaN
+
+
+class T5(nn.Module):
+    """Encoder-decoder T5 and T5 1.1. `forward` returns logits at the target positions that carry loss."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.shared = nn.Embedding(config.vocab_size, config.d_model)
+        self.encoder = Stack(config, config.num_layers, is_decoder=False)
+        self.decoder = Stack(config, config.num_decoder_layers, is_decoder=True)
+        if not config.tie_word_embeddings:
+            self.lm_head = nn.Linear(config.d_model, config.vocab_size, bias=False)
+        self.dropout = 0.0
+
+    def set_dropout(self, rate: float) -> None:
+        """The dropout rate of training mode; a phase of a run sets its own."""
+        for module in self.modules():
+            if hasattr(module, "dropout"):
+                module.dropout = rate
+
+    def forward(self, batch: PackedBatch) -> Tensor:
+        """Logits `[num_loss_positions, vocab]` in row order, for the positions where `decoder_loss_weights` is 1."""
+        hidden = self.decode(batch, self.encode(batch))
+        return self.logits(hidden[batch.decoder_loss_weights > 0])
+
+    def encode(self, batch: PackedBatch) -> Tensor:
+        """Encoder states `[rows, input_length, d_model]`."""
+        mask = segment_mask(batch.encoder_segment_ids, batch.encoder_segment_ids)
+        return self.encoder(self.shared(batch.encoder_input_tokens), mask, None, None)
+
+    def decode(self, batch: PackedBatch, encoded: Tensor) -> Tensor:
+        """Decoder states `[rows, target_length, d_model]`."""
+        segments = batch.decoder_segment_ids
+        length = segments.shape[1]
+        later = torch.ones(length, length, dtype=torch.bool, device=segments.device).triu(1)
+        mask = segment_mask(segments, segments).masked_fill(later, MASKED)
+        cross_mask = segment_mask(segments, batch.encoder_segment_ids)
+        return self.decoder(self.shared(batch.decoder_input_tokens), mask, encoded, cross_mask)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """The head; T5 1.0's tied head reads scaled states, an untied one does not."""
+        if self.config.tie_word_embeddings:
+            return F.linear(hidden * self.config.d_model**-0.5, self.shared.weight)
+        return self.lm_head(hidden)
+
+
+class Stack(nn.Module):
+    """Encoder or decoder: blocks, a final norm, and the relative bias that the first block owns and all share."""
+
+    def __init__(self, config: ModelConfig, num_layers: int, *, is_decoder: bool) -> None:
+        super().__init__()
+        self.is_decoder = is_decoder
+        self.config = config
+        self.block = nn.ModuleList(
+            Block(config, is_decoder=is_decoder, has_bias=index == 0) for index in range(num_layers)
+        )
+        self.final_layer_norm = RMSNorm(config)
+        self.dropout = 0.0
+
+    def forward(self, hidden: Tensor, mask: Tensor, encoded: Tensor | None, cross_mask: Tensor | None) -> Tensor:
+        hidden = self._drop(hidden)
+        bias = self.relative_bias(hidden.shape[1], hidden.device) + mask
+        for block in self.block:
+            hidden = block(hidden, bias, encoded, cross_mask)
+        return self._drop(self.final_layer_norm(hidden))
+
+    def relative_bias(self, length: int, device: torch.device) -> Tensor:
+        """`[1, heads, length, length]`: the learned bias of each distance bucket."""
+        table = self.block[0].layer[0].SelfAttention.relative_attention_bias.weight
+        positions = torch.arange(length, device=device)
+        buckets = relative_buckets(
+            positions[None, :] - positions[:, None],
+            bidirectional=not self.is_decoder,
+            num_buckets=self.config.relative_attention_num_buckets,
+            max_distance=self.config.relative_attention_max_distance,
+        )
+        return F.embedding(buckets, table).permute(2, 0, 1).unsqueeze(0)
+
+    def _drop(self, hidden: Tensor) -> Tensor:
+        return F.dropout(hidden, self.dropout, self.training) if self.dropout else hidden
+
+
+class Block(nn.Module):
+    """Self-attention, cross-attention (decoder), feed-forward. `layer` numbers them as Hugging Face does."""
+
+    def __init__(self, config: ModelConfig, *, is_decoder: bool, has_bias: bool) -> None:
+        super().__init__()
+        layers: list[nn.Module] = [AttentionLayer(config, "SelfAttention", has_bias=has_bias)]
+        if is_decoder:
+            layers.append(AttentionLayer(config, "EncDecAttention", has_bias=False))
+        layers.append(FeedForwardLayer(config))
+        self.layer = nn.ModuleList(layers)
+
+    def forward(self, hidden: Tensor, bias: Tensor, encoded: Tensor | None, cross_mask: Tensor | None) -> Tensor:
+        hidden = self.layer[0](hidden, bias, None)
+        if encoded is not None:
+            hidden = self.layer[1](hidden, cross_mask, encoded)
+        return self.layer[-1](hidden)
+
+
+class AttentionLayer(nn.Module):
+    """Pre-norm attention with its residual. `name` is SelfAttention or EncDecAttention."""
+
+    def __init__(self, config: ModelConfig, name: str, *, has_bias: bool) -> None:
+        super().__init__()
+        self.name = name
+        self.add_module(name, Attention(config, has_bias=has_bias))
+        self.layer_norm = RMSNorm(config)
+        self.dropout = 0.0
+
+    def forward(self, hidden: Tensor, bias: Tensor, encoded: Tensor | None) -> Tensor:
+        out = getattr(self, self.name)(self.layer_norm(hidden), bias, encoded)
+        return hidden + (F.dropout(out, self.dropout, self.training) if self.dropout else out)
+
+
+class Attention(nn.Module):
+    """Multi-head attention, unscaled (T5 folds the scale into its initial q). Computed in float32 where it matters."""
+
+    def __init__(self, config: ModelConfig, *, has_bias: bool) -> None:
+        super().__init__()
+        self.num_heads, self.head_size = config.num_heads, config.d_kv
+        inner = config.num_heads * config.d_kv
+        self.q = nn.Linear(config.d_model, inner, bias=False)
+        self.k = nn.Linear(config.d_model, inner, bias=False)
+        self.v = nn.Linear(config.d_model, inner, bias=False)
+        self.o = nn.Linear(inner, config.d_model, bias=False)
+        if has_bias:
+            self.relative_attention_bias = nn.Embedding(config.relative_attention_num_buckets, config.num_heads)
+        self.dropout = 0.0
+
+    def forward(self, hidden: Tensor, bias: Tensor, encoded: Tensor | None) -> Tensor:
+        rows, length, _ = hidden.shape
+        if encoded is None:
+            weight = torch.cat((self.q.weight, self.k.weight, self.v.weight))
+            q, k, v = F.linear(hidden, weight).chunk(3, dim=-1)
+        else:
+            q = self.q(hidden)
+            k, v = F.linear(encoded, torch.cat((self.k.weight, self.v.weight))).chunk(2, dim=-1)
+        q, k, v = (x.view(rows, x.shape[1], self.num_heads, self.head_size).transpose(1, 2) for x in (q, k, v))
+        if bias.requires_grad:  # the fused kernels give no gradient to a bias
+            scores = q @ k.transpose(-1, -2) + bias
+            weights = scores.softmax(-1, dtype=torch.float32).to(v.dtype)
+            if self.dropout:
+                weights = F.dropout(weights, self.dropout, self.training)
+            out = weights @ v
+        else:
+            rate = self.dropout if self.training else 0.0
+            out = F.scaled_dot_product_attention(q, k, v, bias.to(q.dtype), dropout_p=rate, scale=1.0)
+        return self.o(out.transpose(1, 2).reshape(rows, length, -1))
+
+
+class FeedForwardLayer(nn.Module):
+    """Pre-norm feed-forward with its residual; gated GELU (T5 1.1) or ReLU (T5)."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.DenseReluDense = FeedForward(config)
+        self.layer_norm = RMSNorm(config)
+        self.dropout = 0.0
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        out = self.DenseReluDense(self.layer_norm(hidden))
+        return hidden + (F.dropout(out, self.dropout, self.training) if self.dropout else out)
+
+
+class FeedForward(nn.Module):
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.is_gated = config.feed_forward_proj == "gated-gelu"
+        if self.is_gated:
+            self.wi_0 = nn.Linear(config.d_model, config.d_ff, bias=False)
+            self.wi_1 = nn.Linear(config.d_model, config.d_ff, bias=False)
+        else:
+            self.wi = nn.Linear(config.d_model, config.d_ff, bias=False)
+        self.wo = nn.Linear(config.d_ff, config.d_model, bias=False)
+        self.dropout = 0.0
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        if self.is_gated:
+            inner = F.gelu(self.wi_0(hidden), approximate="tanh") * self.wi_1(hidden)
+        else:
+            inner = F.relu(self.wi(hidden))
+        if self.dropout:
+            inner = F.dropout(inner, self.dropout, self.training)
+        return self.wo(inner)
+
+
+class RMSNorm(nn.Module):
+    """T5's layer norm: no mean, no bias; the mean square in float32."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(config.d_model))
+        self.epsilon = config.layer_norm_epsilon
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        return F.rms_norm(hidden.float(), (hidden.shape[-1],), self.weight, self.epsilon).to(hidden.dtype)
+
+
+def segment_mask(queries: Tensor, keys: Tensor) -> Tensor:
+    """Additive mask `[rows, 1, queries, keys]`: 0 where the segments are the same, else MASKED.
+
+    >>> segment_mask(torch.tensor([[1, 2]]), torch.tensor([[1, 1, 2]])).tolist()
+    [[[[0.0, 0.0, -1000000000.0], [-1000000000.0, -1000000000.0, 0.0]]]]
+    """
+    apart = queries[:, None, :, None] != keys[:, None, None, :]
+    return torch.zeros(apart.shape, device=queries.device).masked_fill(apart, MASKED)
+
+
+def relative_buckets(distance: Tensor, *, bidirectional: bool, num_buckets: int, max_distance: int) -> Tensor:
+    """T5's bucket of each distance `key - query`: one each when near, logarithmic up to `max_distance`, then one.
+
+    >>> relative_buckets(torch.tensor([-3, 0, 3]), bidirectional=True, num_buckets=32, max_distance=128).tolist()
+    [3, 0, 19]
+    """
+    buckets = torch.zeros_like(distance)
+    if bidirectional:
+        num_buckets //= 2
+        buckets = (distance > 0).long() * num_buckets
+        distance = distance.abs()
+    else:
+        distance = (-distance).clamp(min=0)
+    exact = num_buckets // 2
+    far = torch.log(distance.clamp(min=1).float() / exact) / math.log(max_distance / exact) * (num_buckets - exact)
+    far = (exact + far.long()).clamp(max=num_buckets - 1)
+    return buckets + torch.where(distance < exact, distance, far)
+
+
+@torch.no_grad()
+def initialize(model: T5, generator: torch.Generator) -> None:
+    """T5's initial weights (T5X): unit embeddings, 1/fan-in matrices, and q smaller by its head's share of the scale."""
+    config = model.config
+    d_model, inner = config.d_model, config.num_heads * config.d_kv
+    spread = {
+        "shared": 1.0,
+        "lm_head": d_model**-0.5,
+        "q": (d_model * config.d_kv) ** -0.5,
+        "k": d_model**-0.5,
+        "v": d_model**-0.5,
+        "o": inner**-0.5,
+        "wi": d_model**-0.5,
+        "wi_0": d_model**-0.5,
+        "wi_1": d_model**-0.5,
+        "wo": config.d_ff**-0.5,
+        "relative_attention_bias": d_model**-0.5,
+    }
+    for name, parameter in model.named_parameters():
+        owner = name.split(".")[-2]
+        if owner in spread:
+            parameter.normal_(0.0, spread[owner], generator=generator)
+        else:
+            parameter.fill_(1.0)
+
+
+def num_parameters(model: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in distinct_parameters(model))
+
+
+def distinct_parameters(model: nn.Module) -> Iterator[nn.Parameter]:
+    """Every parameter once (`nn.Module.parameters` already leaves repeats out)."""
+    yield from model.parameters()

@@ -1,0 +1,215 @@
+"""FlanClient over REST."""
+
+from __future__ import annotations
+
+import json
+import ssl
+from collections.abc import AsyncGenerator, Generator, Mapping
+from typing import Any
+
+import httpx
+
+from serve.client.sse import EventDecoder, GenerationEvents
+from serve.client.transport import CONNECT_TIMEOUT_SECONDS, Server
+from serve.client.wire import Call, Json
+from serve.errors import (
+    Cancelled,
+    DeadlineExceeded,
+    EngineFailure,
+    InvalidRequest,
+    MethodNotAllowed,
+    NotFound,
+    QueueFull,
+    ServeError,
+    TooLarge,
+    Unauthorized,
+    Unavailable,
+)
+
+_ROUTES = {
+    "generate": ("POST", "/v1/generate"),
+    "score": ("POST", "/v1/score"),
+    "tokenize": ("POST", "/v1/tokenize"),
+    "model": ("GET", "/v1/models"),
+}
+_STATUSES: Mapping[int, type[ServeError]] = {
+    400: InvalidRequest,
+    401: Unauthorized,
+    404: NotFound,
+    405: MethodNotAllowed,
+    413: TooLarge,
+    429: QueueFull,
+    499: Cancelled,
+    502: Unavailable,  # a proxy that has no server behind it
+    503: Unavailable,
+    504: DeadlineExceeded,
+}
+# The server ends a late request itself and says so; the socket's own timeout is only for a server that cannot.
+_TIMEOUT_MARGIN_SECONDS = 2.0
+
+
+class RestTransport:
+    def __init__(self, server: Server) -> None:
+        self._server = server
+        self._http = httpx.Client(**_settings(server))
+
+    def send(self, call: Call) -> Json:
+        request = _to_request(self._http, self._server, call)
+        try:
+            response = self._http.send(request)
+        except httpx.HTTPError as error:
+            raise _transport_error(error) from error
+        return _to_result(call, response)
+
+    def stream(self, call: Call) -> Generator[Json]:
+        request = _to_request(self._http, self._server, call, stream=True)
+        events = GenerationEvents()
+        try:
+            response = self._http.send(request, stream=True)
+            try:
+                if response.is_error:
+                    response.read()
+                    raise to_error(response)
+                decoder = EventDecoder()
+                for chunk in response.iter_bytes():
+                    for data in decoder.feed(chunk):
+                        yield from events.feed(data)
+            finally:
+                response.close()
+        except httpx.HTTPError as error:
+            raise _transport_error(error) from error
+        events.check_ended()
+
+    def ready(self) -> bool:
+        try:
+            return self._http.get("/readyz", timeout=CONNECT_TIMEOUT_SECONDS).is_success
+        except httpx.HTTPError:
+            return False
+
+    def close(self) -> None:
+        self._http.close()
+
+
+class AsyncRestTransport:
+    def __init__(self, server: Server) -> None:
+        self._server = server
+        self._http = httpx.AsyncClient(**_settings(server))
+
+    async def send(self, call: Call) -> Json:
+        request = _to_request(self._http, self._server, call)
+        try:
+            response = await self._http.send(request)
+        except httpx.HTTPError as error:
+            raise _transport_error(error) from error
+        return _to_result(call, response)
+
+    async def stream(self, call: Call) -> AsyncGenerator[Json]:
+        request = _to_request(self._http, self._server, call, stream=True)
+        events = GenerationEvents()
+        try:
+            response = await self._http.send(request, stream=True)
+            try:
+                if response.is_error:
+                    await response.aread()
+                    raise to_error(response)
+                decoder = EventDecoder()
+                async for chunk in response.aiter_bytes():
+                    for data in decoder.feed(chunk):
+                        for event in events.feed(data):
+                            yield event
+            finally:
+                await response.aclose()
+        except httpx.HTTPError as error:
+            raise _transport_error(error) from error
+        events.check_ended()
+
+    async def ready(self) -> bool:
+        try:
+            return (await self._http.get("/readyz", timeout=CONNECT_TIMEOUT_SECONDS)).is_success
+        except httpx.HTTPError:
+            return False
+
+    async def close(self) -> None:
+        await self._http.aclose()
+
+
+def _settings(server: Server) -> dict[str, Any]:
+    verify: ssl.SSLContext | bool = True
+    if server.secure and (server.tls.ca is not None or server.tls.cert is not None):
+        verify = ssl.create_default_context(cafile=server.tls.ca)
+        if server.tls.cert is not None:
+            verify.load_cert_chain(server.tls.cert, server.tls.key)
+    return {
+        "base_url": f"{'https' if server.secure else 'http'}://{server.address}",
+        "timeout": httpx.Timeout(None, connect=CONNECT_TIMEOUT_SECONDS),
+        # The server's queue is the place to wait, not the client's connection pool.
+        "limits": httpx.Limits(max_connections=None, max_keepalive_connections=64),
+        "verify": verify,
+    }
+
+
+def _to_request(
+    http: httpx.Client | httpx.AsyncClient, server: Server, call: Call, *, stream: bool = False
+) -> httpx.Request:
+    verb, path = _ROUTES[call.method]
+    headers = server.headers(call)
+    remaining = call.remaining_seconds()
+    if remaining is not None:
+        headers["x-request-timeout-ms"] = str(max(1, int(remaining * 1000)))
+    content = None
+    if verb == "POST":
+        headers["content-type"] = "application/json"
+        content = encode(call.body | {"stream": True} if stream else call.body)
+        if len(content) > server.max_body_bytes:
+            raise TooLarge(f"the request has {len(content)} bytes, the limit is {server.max_body_bytes}")
+    request = http.build_request(verb, path, headers=headers, content=content)
+    if remaining is not None:
+        request.extensions["timeout"] |= {"read": remaining + _TIMEOUT_MARGIN_SECONDS}
+    return request
+
+
+def encode(body: Json) -> bytes:
+    """The body as JSON.
+
+    Raises:
+        InvalidRequest: naming the field that JSON cannot hold (NaN, a lone surrogate, an object).
+    """
+    try:
+        return _dump(body)
+    except (TypeError, ValueError):
+        for name, value in body.items():
+            try:
+                _dump(value)
+            except (TypeError, ValueError) as error:
+                raise InvalidRequest(f"{name}: {error}", field=name) from None
+        raise
+
+
+def _dump(value: Any) -> bytes:
+    return json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":")).encode()
+
+
+def _to_result(call: Call, response: httpx.Response) -> Json:
+    if response.is_error:
+        raise to_error(response)
+    data: Json = response.json()
+    return data["data"][0] if call.method == "model" else data
+
+
+def to_error(response: httpx.Response) -> ServeError:
+    """Our error for a refusal."""
+    kind = _STATUSES.get(response.status_code, EngineFailure)
+    message, field = f"HTTP {response.status_code}", None
+    try:
+        error = response.json()["error"]
+        message, field = error["message"], error.get("param")
+    except (ValueError, KeyError, TypeError):
+        pass  # a proxy's page; the status says what happened
+    retry_after = response.headers.get("retry-after", "")
+    return kind(message, field=field, retry_after_seconds=float(retry_after) if retry_after.isdecimal() else None)
+
+
+def _transport_error(error: httpx.HTTPError) -> ServeError:
+    if isinstance(error, httpx.ReadTimeout):
+        return DeadlineExceeded("the timeout passed")
+    return Unavailable(f"no answer from the server: {error}" if str(error) else "no answer from the server")

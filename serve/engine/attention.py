@@ -1,0 +1,105 @@
+"""Attention over ragged batches: tokens of several texts one after the other, nothing padded outside attention."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F  # noqa: N812
+from torch import Tensor
+
+from serve.engine.layers import RelativeBias
+
+PADDED_LENGTHS = (8, 16, 32, 64, 128)  # shorter texts share one padded attention call; longer ones have their own
+
+
+@dataclass(frozen=True, slots=True)
+class _Padded:
+    """Several texts of about one length, padded to it inside the attention call only.
+
+    `gather` [texts * length] are token numbers of the batch (padding repeats a text's first), `places` are the real
+    tokens' positions among them and `tokens` their numbers. `mask` is [texts or 1, heads, length, length].
+    """
+
+    texts: int
+    length: int
+    gather: Tensor
+    places: Tensor
+    tokens: Tensor
+    mask: Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class _Alone:
+    """One text; `mask` [1, heads, length, length] has its keys last first (RelativeBias.reversed_square)."""
+
+    start: int
+    length: int
+    mask: Tensor
+
+
+class RaggedAttention:
+    """Self-attention within each of `lengths` texts, for all layers of one stack."""
+
+    def __init__(self, lengths: Sequence[int], bias: RelativeBias, *, causal: bool, device: torch.device) -> None:
+        self._causal = causal
+        self._groups: list[_Padded | _Alone] = []
+        members: dict[int, list[tuple[int, int]]] = {}  # padded length -> (start, length) of its texts
+        squares: dict[int, Tensor] = {}  # one mask a length
+        start = 0
+        for length in lengths:
+            padded = next((limit for limit in PADDED_LENGTHS if length <= limit), None)
+            if padded is None:
+                if length not in squares:
+                    squares[length] = _for_kernel(bias.reversed_square(length))
+                self._groups.append(_Alone(start, length, squares[length]))
+            else:
+                members.setdefault(padded, []).append((start, length))
+            start += length
+        for texts in members.values():
+            self._groups.append(_padded_group(texts, bias, causal=causal, device=device))
+
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """q, k, v: [tokens, heads, d_kv] -> [tokens, heads, d_kv]."""
+        out = torch.empty_like(q)
+        for group in self._groups:
+            if isinstance(group, _Alone):
+                part = slice(group.start, group.start + group.length)
+                query = q[part].transpose(0, 1).unsqueeze(0)
+                key, value = (x[part].flip(0).transpose(0, 1).unsqueeze(0) for x in (k, v))
+                attended = F.scaled_dot_product_attention(query, key, value, attn_mask=group.mask, scale=1.0)
+                out[part] = attended.squeeze(0).transpose(0, 1)
+            else:
+                shape = (group.texts, group.length, *q.shape[1:])
+                query, key, value = (x[group.gather].view(shape).transpose(1, 2) for x in (q, k, v))
+                attended = F.scaled_dot_product_attention(query, key, value, attn_mask=group.mask, scale=1.0)
+                out[group.tokens] = attended.transpose(1, 2).flatten(0, 1)[group.places]
+        return out
+
+
+def _padded_group(texts: list[tuple[int, int]], bias: RelativeBias, *, causal: bool, device: torch.device) -> _Padded:
+    length = max(size for _, size in texts)
+    starts = torch.tensor([start for start, _ in texts])
+    sizes = torch.tensor([size for _, size in texts])
+    positions = torch.arange(length)
+    real = positions[None, :] < sizes[:, None]  # [texts, length]
+    gather = starts[:, None] + torch.where(real, positions[None, :], 0)
+    mask = bias.at((positions[None, :] - positions[:, None]).to(device)).unsqueeze(0)
+    if not causal and not bool(real.all()):  # causal queries never see the padding, which comes last
+        blocked = torch.zeros(real.shape).masked_fill_(~real, -math.inf).to(device=device, dtype=mask.dtype)
+        mask = mask + blocked[:, None, None, :]
+    return _Padded(
+        texts=len(texts),
+        length=length,
+        gather=gather.flatten().to(device),
+        places=real.flatten().nonzero().squeeze(1).to(device),
+        tokens=gather[real].to(device),
+        mask=mask.contiguous(),
+    )
+
+
+def _for_kernel(mask: Tensor) -> Tensor:
+    """CUDA's fused kernels want aligned rows, which overlapping strides cannot give; the CPU's take any strides."""
+    return mask.contiguous() if mask.is_cuda else mask

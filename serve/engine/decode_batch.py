@@ -1,0 +1,172 @@
+"""One step's decode attention over the cache: where each sequence reads and writes, prepared once for all layers."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from collections.abc import Sequence as SequenceOf
+from dataclasses import dataclass
+from itertools import groupby
+
+import torch
+import torch.nn.functional as F  # noqa: N812
+from torch import Tensor
+
+from serve.engine.layers import RelativeBias
+from serve.engine.sequence import Prompt, Sequence
+from serve.engine.slabs import CacheTensors
+
+_SHARED_WIDTH = 4  # prompts with more sequences than this get a call of their own, not padding for all the others
+
+
+@dataclass(frozen=True, slots=True)
+class _SelfGroup:
+    """The sequences of one capacity: rows `start`..`stop` - 1 of the batch, rows 0.. of the slab.
+
+    slab [layers, rows, 2, heads, capacity, d_kv]; positions, rows [n]; mask [n, heads, 1, length].
+    """
+
+    start: int
+    stop: int
+    length: int
+    slab: Tensor
+    rows: Tensor
+    positions: Tensor
+    mask: Tensor
+
+    def attend(self, layer: int, q: Tensor, keys_values: Tensor) -> Tensor:
+        """q [batch, heads, d_kv], keys_values [batch, 2, heads, d_kv] -> [n, heads, d_kv]."""
+        part = slice(self.start, self.stop)
+        cache = self.slab[layer]
+        cache[self.rows, :, :, self.positions] = keys_values[part]
+        key, value = cache[: self.stop - self.start, :, :, : self.length].unbind(1)
+        out = F.scaled_dot_product_attention(q[part].unsqueeze(2), key, value, attn_mask=self.mask, scale=1.0)
+        return out.squeeze(2)
+
+
+@dataclass(frozen=True, slots=True)
+class _CrossGroup:
+    """Prompts of one capacity, each with up to `width` queries, one a sequence.
+
+    slab [layers, prompts, 2, heads, capacity, d_kv]; gather [prompts * width] batch rows, None when that is all of
+    the batch in order; mask [prompts, 1, 1, length], None when all prompts have that length.
+    """
+
+    slab: Tensor
+    width: int
+    length: int
+    gather: Tensor | None
+    mask: Tensor | None
+
+    def attend(self, layer: int, q: Tensor) -> Tensor:
+        """q [batch, heads, d_kv] -> [prompts * width, heads, d_kv]."""
+        key, value = self.slab[layer, :, :, :, : self.length].unbind(1)
+        picked = q if self.gather is None else q[self.gather]
+        queries = picked.view(-1, self.width, *q.shape[1:]).transpose(1, 2)
+        out = F.scaled_dot_product_attention(queries, key, value, attn_mask=self.mask, scale=1.0)
+        return out.transpose(1, 2).flatten(0, 1)
+
+
+class DecodeBatch:
+    """Implements model.DecodeAttention for one step.
+
+    Holds no per-layer state; `input_ids` [batch] are the decoder inputs of this step.
+    """
+
+    def __init__(
+        self,
+        sequences: SequenceOf[Sequence],
+        prompts: SequenceOf[Prompt],
+        cache: CacheTensors,
+        bias: RelativeBias,
+        *,
+        start_token_id: int,
+        device: torch.device,
+    ) -> None:
+        """`sequences` and `prompts` are in the order of their pools: by capacity, then row."""
+        self._device = device
+        inputs = [s.token_ids[s.position - 1] if s.position > 0 else start_token_id for s in sequences]
+        self.input_ids = torch.tensor(inputs, device=device)
+        self._self_groups = list(self._make_self_groups(sequences, cache, bias))
+        self._cross_groups: list[_CrossGroup] = []
+        self._merge = self._make_cross_groups(sequences, prompts, cache)
+
+    def self_attention(self, layer: int, q: Tensor, keys_values: Tensor) -> Tensor:
+        """[batch, heads, d_kv] and [batch, 2, heads, d_kv] -> [batch, heads, d_kv]."""
+        parts = [group.attend(layer, q, keys_values) for group in self._self_groups]
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+    def cross_attention(self, layer: int, q: Tensor) -> Tensor:
+        """[batch, heads, d_kv] -> [batch, heads, d_kv]."""
+        parts = [group.attend(layer, q) for group in self._cross_groups]
+        out = parts[0] if len(parts) == 1 else torch.cat(parts)
+        return out if self._merge is None else out[self._merge]
+
+    def _make_self_groups(
+        self, sequences: SequenceOf[Sequence], cache: CacheTensors, bias: RelativeBias
+    ) -> Iterator[_SelfGroup]:
+        start = 0
+        for capacity, members in groupby(sequences, key=_capacity):
+            places = [sequence.position for sequence in members]
+            length = max(places) + 1
+            positions = torch.tensor(places, device=self._device)
+            distances = torch.arange(length, device=self._device)[None, :] - positions[:, None]
+            yield _SelfGroup(
+                start=start,
+                stop=start + len(places),
+                length=length,
+                slab=cache.self_slabs[capacity],
+                rows=torch.arange(len(places), device=self._device),
+                positions=positions,
+                mask=bias.at(distances).transpose(0, 1).unsqueeze(2).contiguous(),
+            )
+            start += len(places)
+
+    def _make_cross_groups(
+        self, sequences: SequenceOf[Sequence], prompts: SequenceOf[Prompt], cache: CacheTensors
+    ) -> Tensor | None:
+        """Fill the cross groups; returns where each batch row's result is among theirs, None when in order."""
+        users: dict[int, list[int]] = {id(prompt): [] for prompt in prompts}
+        for row, sequence in enumerate(sequences):
+            users[id(sequence.prompt)].append(row)
+        places = [0] * len(sequences)  # batch row -> row of the concatenated results
+        filled = 0
+        for capacity, iterator in groupby(prompts, key=_capacity):
+            members = list(iterator)
+            rows = [users[id(prompt)] for prompt in members]
+            wide = [i for i, queries in enumerate(rows) if len(queries) > _SHARED_WIDTH]
+            narrow_width = max((len(queries) for queries in rows if len(queries) <= _SHARED_WIDTH), default=0)
+            slices = [(slice(i, i + 1), len(rows[i])) for i in wide]
+            if narrow_width > 0:
+                slices.append((slice(0, len(members)), narrow_width))
+            for part, width in slices:
+                gather: list[int] = []
+                for queries in rows[part]:
+                    shown = queries if len(queries) <= width else []  # a wide prompt has its own call
+                    for offset, row in enumerate(shown):
+                        places[row] = filled + len(gather) + offset
+                    gather += shown + [0] * (width - len(shown))
+                slab = cache.cross_slabs[capacity][:, part.start : part.stop]
+                self._cross_groups.append(self._cross_group(slab, members[part], width, gather, len(sequences)))
+                filled += len(gather)
+        return None if places == list(range(filled)) else torch.tensor(places, device=self._device)
+
+    def _cross_group(
+        self, slab: Tensor, prompts: list[Prompt], width: int, gather: list[int], batch: int
+    ) -> _CrossGroup:
+        lengths = [len(prompt.token_ids) for prompt in prompts]
+        length = max(lengths)
+        mask = None
+        if min(lengths) < length:
+            ends = torch.tensor(lengths, device=self._device)[:, None]
+            blocked = torch.arange(length, device=self._device)[None, :] >= ends
+            mask = torch.zeros(blocked.shape, device=self._device, dtype=slab.dtype).masked_fill_(blocked, -math.inf)
+            mask = mask[:, None, None, :]
+        in_order = gather == list(range(batch))
+        return _CrossGroup(slab, width, length, None if in_order else torch.tensor(gather, device=self._device), mask)
+
+
+def _capacity(holder: Sequence | Prompt) -> int:
+    if holder.slot is None:
+        raise ValueError("only holders of a row can be in a batch")
+    return holder.slot.capacity

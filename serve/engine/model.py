@@ -1,0 +1,222 @@
+"""T5's arithmetic: the encoder over ragged tokens, the decoder one position a sequence, the decoder teacher-forced.
+
+Shapes: T tokens of all texts one after the other, B sequences (one position each), H heads, D = d_kv per head.
+Scores are never divided by sqrt(D), cross-attention has no bias, layer 0's relative bias serves its whole stack.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+import torch.nn.functional as F  # noqa: N812
+from torch import Tensor
+
+from serve.engine.attention import RaggedAttention
+from serve.engine.layers import ACTIVATION_FUNCTIONS, Linear, RelativeBias, make_linear, rms_norm
+from serve.engine.weights import Checkpoint
+
+
+class DecodeAttention(Protocol):
+    """What the decoder asks of the cache; the runner prepares one a step. Queries and results are [B, H, D]."""
+
+    def self_attention(self, layer: int, q: Tensor, keys_values: Tensor) -> Tensor:
+        """Write keys and values [B, 2, H, D] at each sequence's position, then attend over its positions so far."""
+        ...
+
+    def cross_attention(self, layer: int, q: Tensor) -> Tensor:
+        """Attend over the encoder states of each sequence's prompt."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class _Attention:
+    """`qkv` is one matrix [3 * inner, d_model] for self-attention."""
+
+    norm: Tensor
+    qkv: Linear
+    out: Linear
+
+
+@dataclass(frozen=True, slots=True)
+class _CrossAttention:
+    """`kv` [2 * inner, d_model] runs once a prompt, `q` every step."""
+
+    norm: Tensor
+    q: Linear
+    kv: Linear
+    out: Linear
+
+
+@dataclass(frozen=True, slots=True)
+class _FeedForward:
+    """`wi` holds both halves of a gated layer: [2 * d_ff, d_model]."""
+
+    norm: Tensor
+    wi: Linear
+    wo: Linear
+
+
+@dataclass(frozen=True, slots=True)
+class _EncoderLayer:
+    attention: _Attention
+    feed_forward: _FeedForward
+
+
+@dataclass(frozen=True, slots=True)
+class _DecoderLayer:
+    attention: _Attention
+    cross: _CrossAttention
+    feed_forward: _FeedForward
+
+
+class T5Model:
+    """Weights on their device, and what T5 does with them. Holds no state of any request."""
+
+    def __init__(
+        self, checkpoint: Checkpoint, *, device: torch.device, dtype: torch.dtype, vocab_limit: int | None = None
+    ) -> None:
+        """Rows of the head from `vocab_limit` on are dropped: those ids can be neither drawn nor scored."""
+        config = checkpoint.config
+        self.config = config
+        self.device = device
+        self.dtype = dtype
+        self.vocab_limit = config.vocab_size if vocab_limit is None else min(vocab_limit, config.vocab_size)
+        build = _Builder(checkpoint, device, dtype)
+        self._embedding = build.tensor("shared.weight")
+        self._head = make_linear(checkpoint.head[: self.vocab_limit], device=device, dtype=dtype)
+        self._scale = config.d_model**-0.5 if checkpoint.tied and config.scale_decoder_outputs else 1.0
+        self._encoder = [build.encoder_layer(block) for block in range(config.num_layers)]
+        self._decoder = [build.decoder_layer(block) for block in range(config.num_decoder_layers)]
+        self._encoder_norm = build.tensor("encoder.final_layer_norm.weight")
+        self._decoder_norm = build.tensor("decoder.final_layer_norm.weight")
+        self.encoder_bias = build.bias("encoder", causal=False)
+        self.decoder_bias = build.bias("decoder", causal=True)
+        self._activation = ACTIVATION_FUNCTIONS[config.activation]
+
+    def encode(self, token_ids: Tensor, lengths: Sequence[int]) -> Tensor:
+        """Encoder states [T, d_model] of several prompts' `token_ids` [T], laid one after the other."""
+        attend = RaggedAttention(lengths, self.encoder_bias, causal=False, device=self.device)
+        h = F.embedding(token_ids, self._embedding)
+        for layer in self._encoder:
+            h = h + self._self_attention(layer.attention, h, attend)
+            h = h + self._feed_forward(layer.feed_forward, h)
+        return self._norm(h, self._encoder_norm)
+
+    def cross_keys_values(self, states: Tensor) -> Iterator[Tensor]:
+        """Per decoder layer the keys and values of encoder states [T, d_model]: [T, 2, H, D]."""
+        for layer in self._decoder:
+            yield layer.cross.kv(states).view(-1, 2, self.config.num_heads, self.config.d_kv)
+
+    def decode(self, token_ids: Tensor, attention: DecodeAttention) -> Tensor:
+        """One decoder position of each sequence: input ids [B] -> states [B, d_model]."""
+        heads, d_kv = self.config.num_heads, self.config.d_kv
+        h = F.embedding(token_ids, self._embedding)
+        for index, layer in enumerate(self._decoder):
+            x = self._norm(h, layer.attention.norm)
+            qkv = layer.attention.qkv(x).view(-1, 3, heads, d_kv)
+            h = h + layer.attention.out(attention.self_attention(index, qkv[:, 0], qkv[:, 1:]).flatten(1))
+            q = layer.cross.q(self._norm(h, layer.cross.norm)).view(-1, heads, d_kv)
+            h = h + layer.cross.out(attention.cross_attention(index, q).flatten(1))
+            h = h + self._feed_forward(layer.feed_forward, h)
+        return self._norm(h, self._decoder_norm)
+
+    def decode_forced(self, token_ids: Tensor, lengths: Sequence[int], cross: Sequence[Tensor]) -> Tensor:
+        """Decoder states [T, d_model] of whole given texts that share one prompt.
+
+        `token_ids` [T]: each text's decoder input (start token first). `cross[layer]`: the prompt's keys and values
+        [2, H, prompt length, D].
+        """
+        attend = RaggedAttention(lengths, self.decoder_bias, causal=True, device=self.device)
+        heads, d_kv = self.config.num_heads, self.config.d_kv
+        h = F.embedding(token_ids, self._embedding)
+        for layer, keys_values in zip(self._decoder, cross, strict=True):
+            h = h + self._self_attention(layer.attention, h, attend)
+            q = layer.cross.q(self._norm(h, layer.cross.norm)).view(-1, heads, d_kv).transpose(0, 1)
+            key, value = keys_values
+            attended = F.scaled_dot_product_attention(q[None], key[None], value[None], scale=1.0)
+            h = h + layer.cross.out(attended[0].transpose(0, 1).flatten(1))
+            h = h + self._feed_forward(layer.feed_forward, h)
+        return self._norm(h, self._decoder_norm)
+
+    def logits(self, states: Tensor) -> Tensor:
+        """Decoder states [B, d_model] -> float32 logits [B, vocab_limit]."""
+        scaled = states if self._scale == 1.0 else states * self._scale
+        return self._head(scaled).float()
+
+    def _self_attention(self, layer: _Attention, h: Tensor, attend: RaggedAttention) -> Tensor:
+        x = self._norm(h, layer.norm)
+        q, k, v = layer.qkv(x).view(-1, 3, self.config.num_heads, self.config.d_kv).unbind(1)
+        return layer.out(attend(q, k, v).flatten(1))
+
+    def _feed_forward(self, layer: _FeedForward, h: Tensor) -> Tensor:
+        x = layer.wi(self._norm(h, layer.norm))
+        if self.config.gated:
+            gate, linear = x.chunk(2, dim=-1)
+            return layer.wo(self._activation(gate) * linear)
+        return layer.wo(self._activation(x))
+
+    def _norm(self, x: Tensor, weight: Tensor) -> Tensor:
+        return rms_norm(x, weight, self.config.layer_norm_epsilon)
+
+
+class _Builder:
+    """Takes layers out of a checkpoint, fused and on their device."""
+
+    def __init__(self, checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype) -> None:
+        self._checkpoint = checkpoint
+        self._device = device
+        self._dtype = dtype
+
+    def tensor(self, name: str) -> Tensor:
+        return self._checkpoint[name].to(device=self._device, dtype=self._dtype)
+
+    def linear(self, *names: str, keep_float32: bool = False) -> Linear:
+        """One linear layer of the named matrices, outputs one after the other."""
+        weight = torch.cat([self._checkpoint[f"{name}.weight"] for name in names])
+        return make_linear(weight, device=self._device, dtype=self._dtype, keep_float32=keep_float32)
+
+    def bias(self, stack: str, *, causal: bool) -> RelativeBias:
+        return RelativeBias(
+            self._checkpoint[f"{stack}.block.0.layer.0.SelfAttention.relative_attention_bias.weight"],
+            max_distance=self._checkpoint.config.relative_attention_max_distance,
+            causal=causal,
+            device=self._device,
+            dtype=self._dtype,
+        )
+
+    def encoder_layer(self, block: int) -> _EncoderLayer:
+        prefix = f"encoder.block.{block}.layer"
+        return _EncoderLayer(self._attention(f"{prefix}.0"), self._feed_forward(f"{prefix}.1"))
+
+    def decoder_layer(self, block: int) -> _DecoderLayer:
+        prefix = f"decoder.block.{block}.layer"
+        cross = f"{prefix}.1.EncDecAttention"
+        return _DecoderLayer(
+            self._attention(f"{prefix}.0"),
+            _CrossAttention(
+                norm=self.tensor(f"{prefix}.1.layer_norm.weight"),
+                q=self.linear(f"{cross}.q"),
+                kv=self.linear(f"{cross}.k", f"{cross}.v"),
+                out=self.linear(f"{cross}.o"),
+            ),
+            self._feed_forward(f"{prefix}.2"),
+        )
+
+    def _attention(self, prefix: str) -> _Attention:
+        names = [f"{prefix}.SelfAttention.{name}" for name in "qkv"]
+        return _Attention(
+            norm=self.tensor(f"{prefix}.layer_norm.weight"),
+            qkv=self.linear(*names),
+            out=self.linear(f"{prefix}.SelfAttention.o"),
+        )
+
+    def _feed_forward(self, prefix: str) -> _FeedForward:
+        inputs = ("wi_0", "wi_1") if self._checkpoint.config.gated else ("wi",)
+        return _FeedForward(
+            norm=self.tensor(f"{prefix}.layer_norm.weight"),
+            wi=self.linear(*(f"{prefix}.DenseReluDense.{name}" for name in inputs)),
+            wo=self.linear(f"{prefix}.DenseReluDense.wo", keep_float32=True),
+        )

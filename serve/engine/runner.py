@@ -1,0 +1,144 @@
+"""Carries out what the scheduler decided: row copies, the encode batch, the chunk of scoring, the decode step."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence as SequenceOf
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from serve.engine.decode_batch import DecodeBatch
+from serve.engine.model import T5Model
+from serve.engine.sampler import Sampled, finite_logprob, sample
+from serve.engine.scheduler import ScoreChunk, StepPlan
+from serve.engine.sequence import Prompt
+from serve.engine.slabs import CacheTensors, SlabLimit, Slabs
+
+_LOGIT_ROWS = 64  # rows of the head at a time when scoring: 64 x 32,128 float32 are 8 MB
+
+
+class NotFinite(Exception):
+    """A computation for one request gave NaN or infinity."""
+
+
+class Runner(Protocol):
+    """What the engine asks for in a step, in this order. Wrap one to time or to disturb it."""
+
+    def prepare(self, plan: StepPlan) -> None:
+        """Carry out the plan's row copies and fit the cache to it."""
+        ...
+
+    def encode(self, prompts: SequenceOf[Prompt]) -> None:
+        """Encode prompts in one batch and fill their rows. Any exception concerns these prompts only."""
+        ...
+
+    def score(self, chunk: ScoreChunk) -> list[float]:
+        """Summed log-probability of each candidate of the chunk. Any exception concerns its job only."""
+        ...
+
+    def decode(self, plan: StepPlan) -> Tensor:
+        """Logits [sequences, vocabulary] float32 of one decode step of all `plan.decode`."""
+        ...
+
+    def sample(self, logits: Tensor, plan: StepPlan) -> Sampled:
+        """The next token of each of `plan.decode`. May change `logits`."""
+        ...
+
+
+class ModelRunner:
+    """A model and its cache tensors on one device."""
+
+    def __init__(self, model: T5Model, *, cache_bytes: int) -> None:
+        config = model.config
+        self._model = model
+        limit = SlabLimit(cache_bytes)
+        self.cache = CacheTensors(
+            *(
+                Slabs(
+                    config.num_decoder_layers,
+                    config.num_heads,
+                    config.d_kv,
+                    device=model.device,
+                    dtype=model.dtype,
+                    limit=limit,
+                )
+                for _ in ("self", "cross")
+            )
+        )
+
+    def prepare(self, plan: StepPlan) -> None:
+        self.cache.apply(plan.operations)
+        self.cache.settle(_rows(plan.decode), _rows(plan.prompts))
+
+    def encode(self, prompts: SequenceOf[Prompt]) -> None:
+        lengths = [len(prompt.token_ids) for prompt in prompts]
+        token_ids = self._ids([token_id for prompt in prompts for token_id in prompt.token_ids])
+        states = self._model.encode(token_ids, lengths)
+        for layer, keys_values in enumerate(self._model.cross_keys_values(states)):
+            for prompt, part in zip(prompts, torch.split(keys_values, lengths), strict=True):
+                self._cross_row(prompt)[layer] = part.permute(1, 2, 0, 3)
+
+    def score(self, chunk: ScoreChunk) -> list[float]:
+        prompt = chunk.job.prompt
+        if prompt is None:
+            raise ValueError("a job that is scored holds its prompt")
+        candidates = chunk.candidates
+        start = self._model.config.decoder_start_token_id
+        inputs = self._ids([token for c in candidates for token in (start, *c[:-1])])
+        lengths = [len(candidate) for candidate in candidates]
+        states = self._model.decode_forced(inputs, lengths, self._cross_row(prompt).unbind(0))
+        targets = self._ids([token for candidate in candidates for token in candidate])
+        parts = zip(torch.split(states, _LOGIT_ROWS), torch.split(targets, _LOGIT_ROWS), strict=True)
+        logprobs = torch.cat([self._logprobs(some, some_targets) for some, some_targets in parts]).tolist()
+        if any(math.isnan(value) for value in logprobs):
+            raise NotFinite("the model's output for this prompt is not finite")
+        sums: list[float] = []
+        first = 0
+        for length in lengths:
+            sums.append(math.fsum(finite_logprob(value) for value in logprobs[first : first + length]))
+            first += length
+        return sums
+
+    def decode(self, plan: StepPlan) -> Tensor:
+        model = self._model
+        batch = DecodeBatch(
+            plan.decode,
+            plan.prompts,
+            self.cache,
+            model.decoder_bias,
+            start_token_id=model.config.decoder_start_token_id,
+            device=model.device,
+        )
+        return model.logits(model.decode(batch.input_ids, batch))
+
+    def sample(self, logits: Tensor, plan: StepPlan) -> Sampled:
+        return sample(logits, plan.decode, eos_token_id=self._model.config.eos_token_id)
+
+    def _logprobs(self, states: Tensor, targets: Tensor) -> Tensor:
+        """Log-probability of each target: [tokens]. Ids beyond the vocabulary's limit are impossible: -inf."""
+        normalized = self._model.logits(states).log_softmax(-1)
+        vocabulary = normalized.shape[1]
+        values = normalized.gather(1, targets.clamp(max=vocabulary - 1)[:, None]).squeeze(1)
+        return torch.where(values.isnan() | (targets < vocabulary), values, -math.inf)
+
+    def _cross_row(self, prompt: Prompt) -> Tensor:
+        """View of a prompt's keys and values: [layers, 2, heads, prompt length, d_kv]."""
+        if prompt.slot is None:
+            raise ValueError("only a prompt with a row can be used")
+        row = self.cache.cross_slabs.row(prompt.slot.capacity, prompt.slot.row)
+        return row[..., : len(prompt.token_ids), :]
+
+    def _ids(self, token_ids: list[int]) -> Tensor:
+        return torch.tensor(token_ids, device=self._model.device)
+
+
+def _rows(holders: SequenceOf[Prompt] | SequenceOf[object]) -> dict[int, int]:
+    """Rows in use of each capacity."""
+    rows: dict[int, int] = {}
+    for holder in holders:
+        slot = getattr(holder, "slot", None)
+        if slot is not None:
+            rows[slot.capacity] = rows.get(slot.capacity, 0) + 1
+    return rows

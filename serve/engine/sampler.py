@@ -1,0 +1,202 @@
+"""Logits -> one token a sequence.
+
+Order of operations on a row (as in transformers): repetition penalty, logit bias, no EOS before min_tokens; then the
+log-probabilities are read off; then temperature, top-k, top-p and the draw. So reported log-probabilities belong to
+the distribution after penalties, bias and the vocabulary's limit, and before temperature, top-k and top-p.
+
+Randomness is counter-based: the draw of a sequence's token number p is a function of (seed, sample number, p) and of
+nothing else, so neither the batch nor a restart or preemption changes it. The draw goes through the inverse of the
+cumulative distribution in order of token ids, which equal probabilities cannot reorder.
+
+Only rows that ask for something pay for it: an all-greedy batch is one argmax.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence as SequenceOf
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from serve.engine.sequence import Sequence
+from serve.output import IMPOSSIBLE_LOGPROB, TokenLogprob
+
+_ARGMAX_BLOCK = 128
+_TOP_P_CANDIDATES = 256  # a nucleus larger than this is looked for in the sorted vocabulary, which is slow
+_MASK64 = (1 << 64) - 1
+_GOLDEN = 0x9E3779B97F4A7C15
+
+
+@dataclass(frozen=True, slots=True)
+class Sampled:
+    """Per row of the batch: its token, whether its logits were finite, and log-probabilities where asked for."""
+
+    token_ids: list[int]
+    finite: list[bool]
+    logprobs: dict[int, TokenLogprob] = field(default_factory=dict)  # row -> the chosen token's
+
+
+def uniform(seed: int, sample: int, position: int) -> float:
+    """The number in [0, 1) that draws token `position` of sample `sample`: SplitMix64's mixing of all three.
+
+    48 bits, so that times a total it stays below that total in float64.
+    """
+    state = seed & _MASK64
+    for word in (sample, position):
+        state = _mix((state + _GOLDEN * (word + 1)) & _MASK64)
+    return (state >> 16) / (1 << 48)
+
+
+def _mix(x: int) -> int:
+    x = ((x ^ (x >> 30)) * 0xBF58476D1CE4E5B9) & _MASK64
+    x = ((x ^ (x >> 27)) * 0x94D049BB133111EB) & _MASK64
+    return x ^ (x >> 31)
+
+
+def sample(logits: Tensor, sequences: SequenceOf[Sequence], *, eos_token_id: int) -> Sampled:
+    """Choose the next token of each sequence.
+
+    `logits` [sequences, vocabulary] float32 is changed in place. Rows that replay known tokens are not worth more
+    than an argmax. A row that is not finite gets an arbitrary token and `finite` false.
+    """
+    finite = logits.amax(-1).isfinite()
+    _penalize(logits, sequences)
+    _bias(logits, sequences, eos_token_id)
+    chosen = _argmax(logits)
+    drawn = [row for row, s in enumerate(sequences) if not s.params.greedy and not s.replaying]
+    if drawn:
+        rows = torch.tensor(drawn, device=logits.device)
+        chosen[rows] = _draw(logits[rows], [sequences[row] for row in drawn])
+    # One transfer from the device for ids and flags together.
+    token_ids, flags = torch.stack((chosen, finite.long())).tolist()
+    asked = [r for r, s in enumerate(sequences) if s.params.logprobs is not None and not s.replaying and flags[r]]
+    logprobs = _logprobs(logits, asked, sequences, token_ids) if asked else {}
+    return Sampled(token_ids, [bool(flag) for flag in flags], logprobs)
+
+
+def _penalize(logits: Tensor, sequences: SequenceOf[Sequence]) -> None:
+    """Repetition penalty over the tokens a sequence has generated; the prompt and the start token do not count."""
+    rows: list[int] = []
+    columns: list[int] = []
+    penalties: list[float] = []
+    for row, sequence in enumerate(sequences):
+        if sequence.params.repetition_penalty != 1.0 and sequence.token_ids:
+            rows += [row] * len(sequence.token_ids)
+            columns += sequence.token_ids
+            penalties += [sequence.params.repetition_penalty] * len(sequence.token_ids)
+    if not rows:
+        return
+    at = (torch.tensor(rows, device=logits.device), torch.tensor(columns, device=logits.device))
+    penalty = torch.tensor(penalties, device=logits.device, dtype=logits.dtype)
+    values = logits[at]
+    # A token that was generated twice is written twice with the same value: the penalty does not add up.
+    logits[at] = torch.where(values > 0, values / penalty, values * penalty)
+
+
+def _bias(logits: Tensor, sequences: SequenceOf[Sequence], eos_token_id: int) -> None:
+    """Logit bias, and no EOS before `min_tokens` (unless EOS is an ordinary token)."""
+    rows: list[int] = []
+    columns: list[int] = []
+    values: list[float] = []
+    vocabulary = logits.shape[1]
+    for row, sequence in enumerate(sequences):
+        params = sequence.params
+        for token_id, value in params.logit_bias.items():
+            if token_id < vocabulary:
+                rows.append(row)
+                columns.append(token_id)
+                values.append(value)
+        if len(sequence.token_ids) < params.min_tokens and not params.ignore_eos:
+            rows.append(row)
+            columns.append(eos_token_id)
+            values.append(-math.inf)
+    if rows:
+        at = (torch.tensor(rows, device=logits.device), torch.tensor(columns, device=logits.device))
+        logits.index_put_(at, torch.tensor(values, device=logits.device, dtype=logits.dtype), accumulate=True)
+
+
+def _argmax(logits: Tensor) -> Tensor:
+    """Id of each row's largest logit, [rows]; the smaller id where several are equal.
+
+    In two stages, because finding a maximum is vectorised and finding its place is not (15 times slower).
+    """
+    vocabulary = logits.shape[1]
+    blocks = vocabulary // _ARGMAX_BLOCK
+    if blocks < 2:
+        return logits.argmax(-1)
+    whole = blocks * _ARGMAX_BLOCK
+    best = logits[:, :whole].view(-1, blocks, _ARGMAX_BLOCK).amax(-1)
+    if whole < vocabulary:
+        best = torch.cat((best, logits[:, whole:].amax(-1, keepdim=True)), dim=1)
+    columns = best.argmax(-1, keepdim=True) * _ARGMAX_BLOCK + torch.arange(_ARGMAX_BLOCK, device=logits.device)
+    columns.clamp_(max=vocabulary - 1)
+    place = logits.gather(1, columns).argmax(-1, keepdim=True)
+    return columns.gather(1, place).squeeze(1)
+
+
+def _draw(logits: Tensor, sequences: SequenceOf[Sequence]) -> Tensor:
+    """One token of each row by temperature, top-k and top-p: [rows]. `logits` [rows, vocabulary] is a copy."""
+    device = logits.device
+    temperatures = torch.tensor([s.params.temperature for s in sequences], device=device, dtype=logits.dtype)
+    logits /= temperatures[:, None]
+    vocabulary = logits.shape[1]
+    top_k = [row for row, s in enumerate(sequences) if 0 < s.params.top_k < vocabulary]
+    if top_k:
+        _keep_top_k(logits, top_k, [sequences[row].params.top_k for row in top_k])
+    top_p = [row for row, s in enumerate(sequences) if s.params.top_p < 1.0]
+    if top_p:
+        _keep_top_p(logits, top_p, [sequences[row].params.top_p for row in top_p])
+    cumulative = logits.double().softmax(-1).cumsum(-1)
+    draws = [uniform(s.seed, s.sample, s.position) for s in sequences]
+    targets = torch.tensor(draws, device=device, dtype=torch.float64)[:, None] * cumulative[:, -1:]
+    token_ids: Tensor = torch.searchsorted(cumulative, targets, right=True).squeeze(1)
+    return token_ids.clamp_(max=vocabulary - 1)
+
+
+def _keep_top_k(logits: Tensor, rows: list[int], limits: list[int]) -> None:
+    """Make all but the `limits[i]` best tokens of row `rows[i]` impossible; ties with the last one stay."""
+    at = torch.tensor(rows, device=logits.device)
+    best = logits[at].topk(max(limits), dim=-1).values
+    last = best.gather(1, torch.tensor(limits, device=logits.device)[:, None] - 1)
+    logits[at] = logits[at].masked_fill(logits[at] < last, -math.inf)
+
+
+def _keep_top_p(logits: Tensor, rows: list[int], shares: list[float]) -> None:
+    """Keep the smallest set of best tokens whose probability reaches `shares[i]`; ties with the last one stay."""
+    at = torch.tensor(rows, device=logits.device)
+    probabilities = logits[at].double().softmax(-1)
+    share = torch.tensor(shares, device=logits.device, dtype=torch.float64)[:, None]
+    best = probabilities.topk(min(_TOP_P_CANDIDATES, logits.shape[1]), dim=-1).values
+    if bool((best.sum(-1, keepdim=True) < share).any()):
+        best = probabilities.sort(dim=-1, descending=True).values
+    before = best.cumsum(-1) - best  # probability of the tokens that are better
+    kept = (before < share).sum(-1, keepdim=True)  # at least the best one
+    last = best.gather(1, kept - 1)
+    logits[at] = logits[at].masked_fill(probabilities < last, -math.inf)
+
+
+def _logprobs(
+    logits: Tensor, rows: list[int], sequences: SequenceOf[Sequence], token_ids: list[int]
+) -> dict[int, TokenLogprob]:
+    at = torch.tensor(rows, device=logits.device)
+    normalized = logits[at].log_softmax(-1)
+    chosen = torch.tensor([token_ids[row] for row in rows], device=logits.device)
+    values: list[float] = normalized.gather(1, chosen[:, None]).squeeze(1).tolist()
+    counts = [sequences[row].params.logprobs or 0 for row in rows]
+    best = normalized.topk(min(max(counts), normalized.shape[1]), dim=-1)
+    top_values, top_ids = best.values.tolist(), best.indices.tolist()
+    return {
+        row: TokenLogprob(
+            token_id=token_ids[row],
+            logprob=finite_logprob(values[i]),
+            top=tuple((top_ids[i][k], finite_logprob(top_values[i][k])) for k in range(min(count, len(top_ids[i])))),
+        )
+        for i, (row, count) in enumerate(zip(rows, counts, strict=True))
+    }
+
+
+def finite_logprob(value: float) -> float:
+    """A log-probability as the wire may carry it: an impossible token has IMPOSSIBLE_LOGPROB."""
+    return value if value > IMPOSSIBLE_LOGPROB else IMPOSSIBLE_LOGPROB

@@ -1,0 +1,125 @@
+"""The cache's tensors: one slab a capacity, rows dense from 0; carries out the operations that cache.py writes down."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+
+import torch
+from torch import Tensor
+
+from serve.engine.cache import CacheOperation, ClearRow, CopyRow, ForgetSaved, RestoreRow, SaveRow
+
+_SHRINK_BELOW = 4  # a slab gives memory back when fewer than 1/4 of its rows are in use
+
+
+class SlabLimit:
+    """How much all slabs together may take before they stop doubling."""
+
+    def __init__(self, max_bytes: int) -> None:
+        self.max_bytes = max_bytes
+        self.slabs: list[Slabs] = []
+
+    @property
+    def spare_bytes(self) -> int:
+        return max(0, self.max_bytes - sum(slabs.allocated_bytes for slabs in self.slabs))
+
+
+class Slabs:
+    """The tensors of one pool: capacity -> [layers, rows, 2 (keys, values), heads, capacity, d_kv].
+
+    A slab doubles when it is full, so that growing costs one copy a doubling, as long as both pools together stay
+    below `limit.max_bytes`; beyond that it grows by an eighth. It starts as zeros because a masked position still
+    takes part in the product with its weight of 0, and 0 times garbage may be NaN.
+    """
+
+    def __init__(
+        self, layers: int, heads: int, d_kv: int, *, device: torch.device, dtype: torch.dtype, limit: SlabLimit
+    ) -> None:
+        self._shape = (layers, heads, d_kv)
+        self._device = device
+        self._dtype = dtype
+        self._limit = limit
+        limit.slabs.append(self)
+        self._slabs: dict[int, Tensor] = {}
+
+    @property
+    def bytes_per_token(self) -> int:
+        layers, heads, d_kv = self._shape
+        return layers * 2 * heads * d_kv * self._dtype.itemsize
+
+    @property
+    def allocated_bytes(self) -> int:
+        return sum(slab.nbytes for slab in self._slabs.values())
+
+    def __getitem__(self, capacity: int) -> Tensor:
+        return self._slabs[capacity]
+
+    def row(self, capacity: int, row: int) -> Tensor:
+        """View of one row: [layers, 2, heads, capacity, d_kv]."""
+        self.reserve(capacity, row + 1)
+        return self._slabs[capacity][:, row]
+
+    def reserve(self, capacity: int, rows: int) -> None:
+        """Make the slab of `capacity` hold at least `rows` rows."""
+        present = self._slabs[capacity].shape[1] if capacity in self._slabs else 0
+        if rows <= present:
+            return
+        spare = self._limit.spare_bytes // (capacity * self.bytes_per_token)
+        self._resize(capacity, max(rows, present + min(present, max(spare, present // 8))))
+
+    def settle(self, used_rows: Mapping[int, int]) -> None:
+        """Fit every slab to the rows in use (capacity -> rows): grow what is too small, shrink what is far too big."""
+        for capacity in list(self._slabs):
+            used, present = used_rows.get(capacity, 0), self._slabs[capacity].shape[1]
+            if used == 0:
+                del self._slabs[capacity]
+            elif used * _SHRINK_BELOW < present:
+                self._resize(capacity, 2 * used)
+        for capacity, rows in used_rows.items():
+            self.reserve(capacity, rows)
+
+    def _resize(self, capacity: int, rows: int) -> None:
+        layers, heads, d_kv = self._shape
+        slab = torch.zeros((layers, rows, 2, heads, capacity, d_kv), device=self._device, dtype=self._dtype)
+        old = self._slabs.get(capacity)
+        if old is not None:
+            kept = min(rows, old.shape[1])
+            slab[:, :kept] = old[:, :kept]
+        self._slabs[capacity] = slab
+
+
+class CacheTensors:
+    """Both pools' slabs, and the keys and values of prompts kept aside."""
+
+    def __init__(self, self_slabs: Slabs, cross_slabs: Slabs) -> None:
+        self.self_slabs = self_slabs
+        self.cross_slabs = cross_slabs
+        self._pools = {"self": self_slabs, "cross": cross_slabs}
+        self._saved: dict[tuple[int, ...], Tensor] = {}  # [layers, 2, heads, length, d_kv]
+
+    @property
+    def saved_bytes(self) -> int:
+        return sum(tensor.nbytes for tensor in self._saved.values())
+
+    def apply(self, operations: Iterable[CacheOperation]) -> None:
+        """Carry out the operations, in order."""
+        for operation in operations:
+            match operation:
+                case CopyRow(pool, source, target):
+                    slabs = self._pools[pool]
+                    tokens = min(source[0], target[0])
+                    slabs.reserve(target[0], target[1] + 1)  # before any view: it may replace the slab
+                    slabs.row(*target)[..., :tokens, :] = slabs.row(*source)[..., :tokens, :]
+                case ClearRow(pool, capacity, row):
+                    self._pools[pool].row(capacity, row).zero_()
+                case SaveRow(key, capacity, row, length):
+                    self._saved[key] = self.cross_slabs.row(capacity, row)[..., :length, :].clone()
+                case RestoreRow(key, capacity, row):
+                    saved = self._saved.pop(key)
+                    self.cross_slabs.row(capacity, row)[..., : saved.shape[-2], :] = saved
+                case ForgetSaved(key):
+                    del self._saved[key]
+
+    def settle(self, self_rows: Mapping[int, int], cross_rows: Mapping[int, int]) -> None:
+        self.self_slabs.settle(self_rows)
+        self.cross_slabs.settle(cross_rows)

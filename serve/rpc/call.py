@@ -1,0 +1,106 @@
+"""One gRPC call in progress: its messages, its name, its deadline."""
+
+from __future__ import annotations
+
+import re
+import secrets
+from collections.abc import AsyncIterator
+from typing import NoReturn, TypeVar
+
+import grpc
+from google.protobuf.message import Message
+
+from serve.errors import Cancelled, InvalidRequest, ServeError, TooLarge
+from serve.rpc import codec
+from serve.rpc.errors import abort
+
+REQUEST_ID_KEY = "x-request-id"
+_REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
+_CLOCK_TOLERANCE_SECONDS = 0.05  # the client's own deadline ends a call a moment before ours does
+
+M = TypeVar("M", bound=Message)
+Context = grpc.aio.ServicerContext[bytes, bytes]
+
+
+class Call:
+    """Reads and writes one call's messages.
+
+    Args:
+        messages: what the client sends, serialized.
+        max_message_bytes: the largest message that may be written.
+    """
+
+    def __init__(self, messages: AsyncIterator[bytes], context: Context, max_message_bytes: int) -> None:
+        self.messages = messages
+        self._context = context
+        self._max_message_bytes = max_message_bytes
+        self._named = False
+
+    async def read(self, message_class: type[M]) -> M:
+        """The call's one message.
+
+        Raises:
+            InvalidRequest: it is not of that class.
+            TooLarge: there is none.
+        """
+        async for raw in self.messages:
+            return codec.parse(message_class, raw)
+        # Either grpc refused the message already, and then its own status stands, or the client sent none.
+        raise TooLarge("no message within the size limit came")
+
+    async def name(self, in_message: str = "") -> str:
+        """Settle the request's id and tell the client: from the metadata, else from the message, else a new one.
+
+        Raises:
+            InvalidRequest: the message's id is not valid. (One in the metadata may be a proxy's and is passed over.)
+        """
+        metadata = self._context.invocation_metadata() or ()
+        given = next((value for key, value in metadata if key == REQUEST_ID_KEY), None)
+        if not (isinstance(given, str) and _REQUEST_ID.fullmatch(given)):
+            given = check_request_id(in_message) if in_message else new_request_id()
+        self._named = True
+        await self._context.send_initial_metadata(((REQUEST_ID_KEY, given),))
+        return given
+
+    async def write(self, message: Message) -> None:
+        """Send a message; returns when the transport has room for the next.
+
+        Raises:
+            TooLarge: the message is above the limit; the client would drop it.
+            Cancelled: the client is gone.
+        """
+        raw = message.SerializeToString()
+        if len(raw) > self._max_message_bytes:
+            limit = self._max_message_bytes
+            raise TooLarge(
+                f"the response has {len(raw)} bytes, the limit is {limit}: ask for fewer outputs or logprobs"
+            )
+        try:
+            await self._context.write(raw)
+        except Exception as error:  # grpc's classes for it are private; a write fails only when the call is over
+            raise Cancelled("the client went away") from error
+
+    async def refuse(self, error: ServeError) -> NoReturn:
+        """End the call with the error's status."""
+        if not self._named:
+            await self.name()
+        await abort(self._context, error)
+
+    def timeout_seconds(self) -> float | None:
+        """Seconds until the client's deadline; None = it has none."""
+        remaining: float | None = self._context.time_remaining()  # the stub says float
+        return remaining
+
+    def deadline_passed(self) -> bool:
+        remaining = self.timeout_seconds()
+        return remaining is not None and remaining <= _CLOCK_TOLERANCE_SECONDS
+
+
+def check_request_id(text: str) -> str:
+    if not _REQUEST_ID.fullmatch(text):
+        raise InvalidRequest("request_id must be 1 to 128 characters of A-Z a-z 0-9 . _ : -", field="request_id")
+    return text
+
+
+def new_request_id() -> str:
+    return f"req-{secrets.token_hex(12)}"
