@@ -73,4 +73,11 @@ def collate(rows: Sequence[PackedRow], input_length: int, target_length: int) ->
             targets[2, index, written:stop] = segment
             targets[3, index, written:stop] = torch.arange(len(target))
             written = stop
-    return PackedBatch(*inputs, *targets, (targets[2] > 0).float())
+    return PackedBatch(
+        *inputs.unbind(),
+        decoder_target_tokens=targets[0],
+        decoder_input_tokens=targets[1],
+        decoder_segment_ids=targets[2],
+        decoder_positions=targets[3],
+        decoder_loss_weights=(targets[2] > 0).float(),
+    )

@@ -123,6 +123,9 @@ class TrainConfig:
     checkpoint_seconds    the same by the clock; 0: only by steps. One is always written at the end
     keep_checkpoints      how many resumable checkpoints stay
     threads               torch threads; 0: torch's default
+    workers               micro batches computed at the same time, each on a thread of its own. On a few CPU cores,
+                          workers = cores with threads = 1 is faster than threads = cores, the more so when other
+                          programs run. Needs dropout 0: threads would share one random generator
     """
 
     phases: tuple[PhaseConfig, ...]
@@ -139,6 +142,7 @@ class TrainConfig:
     dtype: Literal["float32", "bfloat16"] = "float32"
     compile: bool = False
     threads: int = 0
+    workers: int = 1
     log_steps: int = 10
     tensorboard: bool = False
     checkpoint_steps: int = 1000
@@ -292,9 +296,13 @@ def _check(config: TrainConfig) -> list[str]:
         errors.append("optimizer.relative_step: only adafactor knows it")
     if len(config.optimizer.betas) != 2:
         errors.append("optimizer.betas: two numbers")
-    errors += _check_least(config, "", {"log_steps": 1, "keep_checkpoints": 1, "checkpoint_steps": 0, "threads": 0})
+    errors += _check_least(
+        config, "", {"log_steps": 1, "keep_checkpoints": 1, "checkpoint_steps": 0, "threads": 0, "workers": 1}
+    )
     for index, phase in enumerate(config.phases):
         errors += _check_phase(phase, f"phases.{index}", config.optimizer.relative_step)
+        if config.workers > 1 and phase.dropout > 0:
+            errors.append(f"phases.{index}.dropout: must be 0 with workers {config.workers}; threads share a generator")
     return errors
 
 

@@ -1,17 +1,18 @@
 """Exemplars: solved cases of the same task, from its train rows, never the query itself.
 
-Both training inputs and held-out requests take their exemplars here, with the same rules:
-all from one task; the query, compared by its normalised key (the input, unless rows differ in more), left out; k drawn by the caller's seed; and where the
-whole would be too long, exemplars dropped from the front, as the server drops them.
+Both training inputs and held-out requests take their exemplars here, with the same rules: all from one task; the query
+left out, compared by its normalised key (its input, unless rows differ in more than that); k drawn by the caller's
+seed; and where the whole would be too long, exemplars dropped from the front, as the server drops them.
 """
 
 from __future__ import annotations
 
 import random
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
-from finetune.templates import Template
+from finetune.templates import Template, TemplateError
 from serve.prompts.formats import options_block
 from serve.request import Exemplar
 
@@ -52,18 +53,30 @@ def draw_exemplars(
     return drawn
 
 
-def to_exemplar(row: Mapping[str, Any], template: Template, task: str, *, own_options: bool) -> Exemplar:
+def to_exemplar(row: Mapping[str, Any], template: Template, query_instruction: str, task: str) -> Exemplar:
     """A row as an exemplar in the words of the query's template.
 
-    Where the template has no input, the filled instruction is the exemplar's question, as it is the query's. With
-    `own_options` the row's choices stand in its question: the prompt shows the query's choices only.
+    Where the template has no input, the filled instruction is the exemplar's question, as it is the query's. Where it
+    has one, the instruction stands once above all exemplars, so it must be the same for all of them: a template like
+    `{instruction = "Is {word} in the list?", input = "{input}"}` has to say `types = ["zs_opt", "zs_noopt"]`.
     """
     instruction, input_text = template.fill(row, task)
-    question = instruction if input_text is None else input_text
-    block = options_block(row["options"]) if own_options else None
-    if block is not None:
-        question = f"{question}\n{block}"
-    return Exemplar(question, str(row["output"]), row.get("rationale"))
+    if input_text is not None and instruction != query_instruction:
+        raise TemplateError(
+            f"template {template.name} of task {task}: its instruction differs from row to row ({instruction!r} is not "
+            f"{query_instruction!r}), so it cannot stand above exemplars; give it zero-shot types"
+        )
+    return Exemplar(instruction if input_text is None else input_text, str(row["output"]), row.get("rationale"))
+
+
+def with_own_options(exemplar: Exemplar, options: Sequence[str]) -> Exemplar:
+    """The exemplar with its choices in its question; a prompt shows apart from it the query's choices only.
+
+    >>> with_own_options(Exemplar("a, b", "a"), ["a", "b"]).input
+    'a, b\\nOPTIONS:\\n- a\\n- b'
+    """
+    block = options_block(options)
+    return exemplar if block is None else replace(exemplar, input=f"{exemplar.input}\n{block}")
 
 
 def fit(exemplars: Sequence[Exemplar], length_of: Callable[[Sequence[Exemplar]], int], limit: int) -> list[Exemplar]:

@@ -19,7 +19,7 @@ _HIDDEN_FIELDS = frozenset({"definition", "positive"})  # long, and the same for
 
 
 class Tokenizer(Protocol):
-    """What is asked of a tokenizer: ids of a text, and how each id reads."""
+    """What is asked of a tokenizer, in the words of transformers: ids of a text, and how each id reads."""
 
     def encode(self, text: str) -> list[int]: ...
     def convert_ids_to_tokens(self, ids: list[int]) -> list[str]: ...
@@ -64,8 +64,8 @@ def write_stages(
     print(_indented(example.targets), file=out)
     if tokenizer is not None:
         for label, text in (("input", example.inputs), ("target", example.targets)):
-            ids = tokenizer.encode(text)
-            print(f"tokens of the {label}: {len(ids)}\n    {' '.join(tokenizer.convert_ids_to_tokens(ids))}", file=out)
+            tokens = tokenizer.convert_ids_to_tokens(tokenizer.encode(text))
+            print(f"tokens of the {label}: {len(tokens)}\n    {' '.join(tokens)}", file=out)
     print(file=out)
 
 
@@ -83,7 +83,8 @@ def write_task_table(stream: TextStream, out: TextIO) -> None:
     by_submixture: dict[str, float] = {}
     for entry in manifest:
         by_submixture[entry["submixture"]] = by_submixture.get(entry["submixture"], 0.0) + entry["weight"]
-    shares = ", ".join(f"{name} {share:.1%}" for name, share in sorted(by_submixture.items(), key=lambda item: -item[1]))
+    ordered = sorted(by_submixture.items(), key=lambda item: -item[1])
+    shares = ", ".join(f"{name} {share:.1%}" for name, share in ordered)
     print(f"{len(manifest)} tasks; {shares}\n", file=out)
 
 
@@ -98,11 +99,9 @@ def write_lengths(examples: Sequence[TextExample], tokenizer: Tokenizer | None, 
     print(f"lengths in {unit} over {len(measured):,} examples (median, 90 %, 99 %, longest)", file=out)
     for name in ["all", *sorted({template_type for template_type, _, _ in measured})]:
         rows = [entry for entry in measured if name in ("all", entry[0])]
-        inputs, targets = ([entry[column] for entry in rows] for column in (1, 2))
-        print(
-            f"    {name:9} {len(rows) / len(measured):6.1%}   input {_percentiles(inputs)}   target {_percentiles(targets)}",
-            file=out,
-        )
+        inputs = _percentiles([input_length for _, input_length, _ in rows])
+        targets = _percentiles([target_length for _, _, target_length in rows])
+        print(f"    {name:9} {len(rows) / len(measured):6.1%}   input {inputs}   target {targets}", file=out)
 
 
 def _percentiles(values: list[int]) -> str:

@@ -20,11 +20,12 @@ licence is not permissive.
 from __future__ import annotations
 
 import tomllib
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 from finetune.contamination import reason_to_refuse
 from finetune.tasks import SUBMIXTURES, Task
@@ -32,10 +33,16 @@ from finetune.templates import TEMPLATE_TYPES, near
 
 MIXTURES_DIR = Path(__file__).parent / "data" / "mixtures"
 EXHAUSTION_POLICIES = ("repeat", "drop", "stop")
-_KEYS = {
-    "description", "permissive_only", "temperature", "cap", "exhaustion", "num_exemplars", "max_row_chars",
-    "max_input_chars", "max_target_chars", "types", "member",
-}  # fmt: skip
+_PLAIN_KEYS = (
+    "description",
+    "temperature",
+    "exhaustion",
+    "max_row_chars",
+    "max_input_chars",
+    "max_target_chars",
+    "types",
+)
+_KEYS = {*_PLAIN_KEYS, "permissive_only", "cap", "num_exemplars", "member"}
 _MEMBER_KEYS = {"task", "mixture", "submixture", "rate", "cap", "exclude", "types"}
 
 
@@ -82,12 +89,10 @@ class MixtureSpec:
 def load_mixture(name: str | Path, tasks: Mapping[str, Task], folder: Path = MIXTURES_DIR) -> MixtureSpec:
     """A mixture by name (finetune/data/mixtures/<name>.toml) or by path."""
     path = find_mixture(name, folder)
-    try:
-        content = tomllib.loads(path.read_text(encoding="utf-8"))
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise MixtureError(f"{path}: {error}") from error
-    errors = _check_settings(content)
-    members, groups = _resolve(content, tasks, folder, errors, (path.stem,))
+    content = _read_toml(path)
+    resolver = _Resolver(tasks, folder, _check_settings(content))
+    members, groups = resolver.resolve(content, (path.stem,))
+    errors = resolver.errors
     permissive_only = bool(content.get("permissive_only", False))
     for member in members:
         task = tasks[member.task]
@@ -101,13 +106,13 @@ def load_mixture(name: str | Path, tasks: Mapping[str, Task], folder: Path = MIX
     if errors:
         raise MixtureError("\n".join(f"mixture {path.stem}: {error}" for error in errors))
     least, most = content.get("num_exemplars", (2, 3))
-    plain = {
-        key: content[key]
-        for key in ("description", "temperature", "exhaustion", "max_row_chars", "max_input_chars", "max_target_chars", "types")
-        if key in content
-    }
     return MixtureSpec(
-        path.stem, tuple(members), tuple(groups), permissive_only=permissive_only, num_exemplars=(least, most), **plain
+        path.stem,
+        tuple(members),
+        tuple(groups),
+        permissive_only=permissive_only,
+        num_exemplars=(least, most),
+        **{key: content[key] for key in _PLAIN_KEYS if key in content},
     )
 
 
@@ -147,71 +152,85 @@ def effective_weights(spec: MixtureSpec, sizes: Mapping[str, int]) -> dict[str, 
     return {task: weight / everything for task, weight in weights.items()}
 
 
-def _resolve(
-    content: Mapping[str, Any], tasks: Mapping[str, Task], folder: Path, errors: list[str], chain: tuple[str, ...]
-) -> tuple[list[Member], list[float | None]]:
-    """Members with groups opened up. A single task is a group of one."""
-    members: list[Member] = []
-    groups: list[float | None] = []
-    for number, entry in enumerate(content.get("member", ()), start=1):
-        where = f"member {number}"
-        errors += [f"{where}: unknown key {key}{near(key, _MEMBER_KEYS)}" for key in sorted(set(entry) - _MEMBER_KEYS)]
-        kinds = [kind for kind in ("task", "mixture", "submixture") if kind in entry]
-        if len(kinds) != 1:
-            errors.append(f"{where}: exactly one of task, mixture and submixture is needed")
-            continue
-        rate = entry.get("rate")
-        if rate is not None and not rate > 0:
-            errors.append(f"{where}: the rate must be above 0, not {rate}")
-            continue
-        inside = _open(kinds[0], entry, tasks, folder, errors, chain)
-        cap = entry.get("cap", content.get("cap"))
-        for name, own_rate, types in inside:
-            chosen = entry.get("types", types)
-            errors += _check_types(chosen, where)
-            members.append(Member(name, len(groups), own_rate, cap, cast(Mapping[str, float] | None, chosen)))
-        if inside:
-            groups.append(rate)
-    return members, groups
+@dataclass(slots=True)
+class _Opened:
+    """A task found behind a member, with its rate inside the group where the group's file gave one."""
+
+    task: str
+    rate: float | None = None
+    types: Mapping[str, float] | None = None
 
 
-def _open(
-    kind: str, entry: Mapping[str, Any], tasks: Mapping[str, Task], folder: Path, errors: list[str], chain: tuple[str, ...]
-) -> list[tuple[str, float | None, Any]]:
-    """The tasks behind one member: (task, rate inside the group, types)."""
-    name = str(entry[kind])
-    excluded: Sequence[str] = entry.get("exclude", ())
-    if kind == "task":
-        if name not in tasks:
-            errors.append(f"unknown task {name}{near(name, tasks)}")
+@dataclass(slots=True)
+class _Resolver:
+    """Opens members up into tasks, collecting mistakes."""
+
+    tasks: Mapping[str, Task]
+    folder: Path
+    errors: list[str]
+
+    def resolve(self, content: Mapping[str, Any], chain: tuple[str, ...]) -> tuple[list[Member], list[float | None]]:
+        """Members and the rate of each group; a single task is a group of one. `chain`: the mixtures being opened."""
+        members: list[Member] = []
+        groups: list[float | None] = []
+        for number, entry in enumerate(content.get("member", ()), start=1):
+            where = f"member {number} of {chain[-1]}"
+            unknown = sorted(set(entry) - _MEMBER_KEYS)
+            self.errors += [f"{where}: unknown key {key}{near(key, _MEMBER_KEYS)}" for key in unknown]
+            kinds = [kind for kind in ("task", "mixture", "submixture") if kind in entry]
+            if len(kinds) != 1:
+                self.errors.append(f"{where}: exactly one of task, mixture and submixture is needed")
+                continue
+            rate = entry.get("rate")
+            if rate is not None and not _is_above_zero(rate):
+                self.errors.append(f"{where}: the rate must be a number above 0, not {rate!r}")
+                continue
+            self.errors += _check_types(entry.get("types"), where)
+            opened = self._open(kinds[0], entry, chain)
+            cap = entry.get("cap", content.get("cap"))
+            members += [
+                Member(found.task, len(groups), found.rate, cap, entry.get("types", found.types)) for found in opened
+            ]
+            if opened:
+                groups.append(rate)
+        return members, groups
+
+    def _open(self, kind: str, entry: Mapping[str, Any], chain: tuple[str, ...]) -> list[_Opened]:
+        """The tasks behind one member, without the excluded ones."""
+        name = str(entry[kind])
+        excluded: Sequence[str] = entry.get("exclude", ())
+        if kind == "mixture":
+            opened = self._open_mixture(name, chain)
+        elif kind == "submixture":
+            if name not in SUBMIXTURES:
+                self.errors.append(f"unknown submixture {name}{near(name, SUBMIXTURES)}")
+            opened = [_Opened(task.name) for task in self.tasks.values() if task.submixture == name]
+        else:
+            if name not in self.tasks:
+                self.errors.append(f"unknown task {name}{near(name, self.tasks)}")
+                return []
+            opened = [_Opened(name)]
+        for pattern in excluded:
+            if not any(fnmatchcase(found.task, pattern) for found in opened):
+                self.errors.append(f"exclude {pattern} matches no task of {name}")
+        return [found for found in opened if not any(fnmatchcase(found.task, pattern) for pattern in excluded)]
+
+    def _open_mixture(self, name: str, chain: tuple[str, ...]) -> list[_Opened]:
+        """A mixture inside a mixture. Its group rates become task rates, if all its groups have one."""
+        if name in chain:
+            self.errors.append(f"mixture {name} contains itself ({' > '.join([*chain, name])})")
             return []
-        return [(name, None, None)]
-    if kind == "submixture":
-        if name not in SUBMIXTURES:
-            errors.append(f"unknown submixture {name}{near(name, SUBMIXTURES)}")
-        return [
-            (task.name, None, None)
-            for task in tasks.values()
-            if task.submixture == name and not any(fnmatchcase(task.name, pattern) for pattern in excluded)
-        ]
-    if name in chain:
-        errors.append(f"mixture {name} contains itself ({' > '.join([*chain, name])})")
-        return []
-    try:
-        content = tomllib.loads(find_mixture(name, folder).read_text(encoding="utf-8"))
-    except MixtureError as error:
-        errors.append(str(error))
-        return []
-    members, groups = _resolve(content, tasks, folder, errors, (*chain, name))
-    if any(rate is None for rate in groups):
-        return [(member.task, member.rate, member.types) for member in members]
-    shares = {index: rate for index, rate in enumerate(groups) if rate is not None}
-    crowd = {index: sum(member.group == index for member in members) for index in shares}
-    return [
-        (member.task, shares[member.group] / crowd[member.group], member.types)
-        for member in members
-        if not any(fnmatchcase(member.task, pattern) for pattern in excluded)
-    ]
+        try:
+            content = _read_toml(find_mixture(name, self.folder))
+        except MixtureError as error:
+            self.errors.append(str(error))
+            return []
+        members, groups = self.resolve(content, (*chain, name))
+        sizes = Counter(member.group for member in members)
+        rates = [rate for rate in groups if rate is not None]
+        if len(rates) < len(groups):
+            return [_Opened(member.task, member.rate, member.types) for member in members]
+        return [_Opened(member.task, rates[member.group] / sizes[member.group], member.types) for member in members]
 
 
 def _check_settings(content: Mapping[str, Any]) -> list[str]:
@@ -219,8 +238,8 @@ def _check_settings(content: Mapping[str, Any]) -> list[str]:
     exhaustion = content.get("exhaustion", "repeat")
     if exhaustion not in EXHAUSTION_POLICIES:
         errors.append(f"unknown exhaustion policy {exhaustion}{near(exhaustion, EXHAUSTION_POLICIES)}")
-    if not content.get("temperature", 1.0) > 0:
-        errors.append("the temperature must be above 0")
+    if not _is_above_zero(content.get("temperature", 1.0)):
+        errors.append(f"the temperature must be a number above 0, not {content['temperature']!r}")
     least, most = content.get("num_exemplars", (2, 3))
     if not 1 <= least <= most:
         errors.append(f"num_exemplars must be [least, most] with 1 <= least <= most, not [{least}, {most}]")
@@ -230,7 +249,19 @@ def _check_settings(content: Mapping[str, Any]) -> list[str]:
 def _check_types(types: Mapping[str, float] | None, where: str) -> list[str]:
     if types is None:
         return []
-    errors = [f"{where}: unknown type {name}{near(name, TEMPLATE_TYPES)}" for name in types if name not in TEMPLATE_TYPES]
+    unknown = [name for name in types if name not in TEMPLATE_TYPES]
+    errors = [f"{where}: unknown type {name}{near(name, TEMPLATE_TYPES)}" for name in unknown]
     if any(weight < 0 for weight in types.values()) or not sum(types.values()) > 0:
         errors.append(f"{where}: type weights must not be negative, and one must be above 0")
     return errors
+
+
+def _is_above_zero(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and value > 0
+
+
+def _read_toml(path: Path) -> dict[str, Any]:
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise MixtureError(f"{path}: {error}") from error

@@ -47,12 +47,11 @@ class T5(nn.Module):
         self.decoder = Stack(config, config.num_decoder_layers, is_decoder=True)
         if not config.tie_word_embeddings:
             self.lm_head = nn.Linear(config.d_model, config.vocab_size, bias=False)
-        self.dropout = 0.0
 
     def set_dropout(self, rate: float) -> None:
         """The dropout rate of training mode; a phase of a run sets its own."""
         for module in self.modules():
-            if hasattr(module, "dropout"):
+            if isinstance(module, DropoutModule):
                 module.dropout = rate
 
     def forward(self, batch: PackedBatch) -> Tensor:
@@ -63,7 +62,8 @@ class T5(nn.Module):
     def encode(self, batch: PackedBatch) -> Tensor:
         """Encoder states `[rows, input_length, d_model]`."""
         mask = segment_mask(batch.encoder_segment_ids, batch.encoder_segment_ids)
-        return self.encoder(self.shared(batch.encoder_input_tokens), mask, None, None)
+        encoded: Tensor = self.encoder(self.shared(batch.encoder_input_tokens), mask, None, None)
+        return encoded
 
     def decode(self, batch: PackedBatch, encoded: Tensor) -> Tensor:
         """Decoder states `[rows, target_length, d_model]`."""
@@ -72,16 +72,26 @@ class T5(nn.Module):
         later = torch.ones(length, length, dtype=torch.bool, device=segments.device).triu(1)
         mask = segment_mask(segments, segments).masked_fill(later, MASKED)
         cross_mask = segment_mask(segments, batch.encoder_segment_ids)
-        return self.decoder(self.shared(batch.decoder_input_tokens), mask, encoded, cross_mask)
+        hidden: Tensor = self.decoder(self.shared(batch.decoder_input_tokens), mask, encoded, cross_mask)
+        return hidden
 
     def logits(self, hidden: Tensor) -> Tensor:
         """The head; T5 1.0's tied head reads scaled states, an untied one does not."""
         if self.config.tie_word_embeddings:
             return F.linear(hidden * self.config.d_model**-0.5, self.shared.weight)
-        return self.lm_head(hidden)
+        return F.linear(hidden, self.lm_head.weight)
 
 
-class Stack(nn.Module):
+class DropoutModule(nn.Module):
+    """A module that drops out parts of its states in training; `T5.set_dropout` sets the rate of all."""
+
+    dropout = 0.0
+
+    def drop(self, hidden: Tensor) -> Tensor:
+        return F.dropout(hidden, self.dropout) if self.training and self.dropout > 0 else hidden
+
+
+class Stack(DropoutModule):
     """Encoder or decoder: blocks, a final norm, and the relative bias that the first block owns and all share."""
 
     def __init__(self, config: ModelConfig, num_layers: int, *, is_decoder: bool) -> None:
@@ -92,18 +102,17 @@ class Stack(nn.Module):
             Block(config, is_decoder=is_decoder, has_bias=index == 0) for index in range(num_layers)
         )
         self.final_layer_norm = RMSNorm(config)
-        self.dropout = 0.0
 
     def forward(self, hidden: Tensor, mask: Tensor, encoded: Tensor | None, cross_mask: Tensor | None) -> Tensor:
-        hidden = self._drop(hidden)
+        hidden = self.drop(hidden)
         bias = self.relative_bias(hidden.shape[1], hidden.device) + mask
         for block in self.block:
             hidden = block(hidden, bias, encoded, cross_mask)
-        return self._drop(self.final_layer_norm(hidden))
+        return self.drop(self.final_layer_norm(hidden))
 
     def relative_bias(self, length: int, device: torch.device) -> Tensor:
         """`[1, heads, length, length]`: the learned bias of each distance bucket."""
-        table = self.block[0].layer[0].SelfAttention.relative_attention_bias.weight
+        table = self.get_parameter("block.0.layer.0.SelfAttention.relative_attention_bias.weight")
         positions = torch.arange(length, device=device)
         buckets = relative_buckets(
             positions[None, :] - positions[:, None],
@@ -112,9 +121,6 @@ class Stack(nn.Module):
             max_distance=self.config.relative_attention_max_distance,
         )
         return F.embedding(buckets, table).permute(2, 0, 1).unsqueeze(0)
-
-    def _drop(self, hidden: Tensor) -> Tensor:
-        return F.dropout(hidden, self.dropout, self.training) if self.dropout else hidden
 
 
 class Block(nn.Module):
@@ -132,10 +138,11 @@ class Block(nn.Module):
         hidden = self.layer[0](hidden, bias, None)
         if encoded is not None:
             hidden = self.layer[1](hidden, cross_mask, encoded)
-        return self.layer[-1](hidden)
+        out: Tensor = self.layer[-1](hidden)
+        return out
 
 
-class AttentionLayer(nn.Module):
+class AttentionLayer(DropoutModule):
     """Pre-norm attention with its residual. `name` is SelfAttention or EncDecAttention."""
 
     def __init__(self, config: ModelConfig, name: str, *, has_bias: bool) -> None:
@@ -143,14 +150,13 @@ class AttentionLayer(nn.Module):
         self.name = name
         self.add_module(name, Attention(config, has_bias=has_bias))
         self.layer_norm = RMSNorm(config)
-        self.dropout = 0.0
 
     def forward(self, hidden: Tensor, bias: Tensor, encoded: Tensor | None) -> Tensor:
         out = getattr(self, self.name)(self.layer_norm(hidden), bias, encoded)
-        return hidden + (F.dropout(out, self.dropout, self.training) if self.dropout else out)
+        return hidden + self.drop(out)
 
 
-class Attention(nn.Module):
+class Attention(DropoutModule):
     """Multi-head attention, unscaled (T5 folds the scale into its initial q). Computed in float32 where it matters."""
 
     def __init__(self, config: ModelConfig, *, has_bias: bool) -> None:
@@ -163,7 +169,6 @@ class Attention(nn.Module):
         self.o = nn.Linear(inner, config.d_model, bias=False)
         if has_bias:
             self.relative_attention_bias = nn.Embedding(config.relative_attention_num_buckets, config.num_heads)
-        self.dropout = 0.0
 
     def forward(self, hidden: Tensor, bias: Tensor, encoded: Tensor | None) -> Tensor:
         rows, length, _ = hidden.shape
@@ -177,30 +182,28 @@ class Attention(nn.Module):
         if bias.requires_grad:  # the fused kernels give no gradient to a bias
             scores = q @ k.transpose(-1, -2) + bias
             weights = scores.softmax(-1, dtype=torch.float32).to(v.dtype)
-            if self.dropout:
-                weights = F.dropout(weights, self.dropout, self.training)
-            out = weights @ v
+            out = self.drop(weights) @ v
         else:
             rate = self.dropout if self.training else 0.0
             out = F.scaled_dot_product_attention(q, k, v, bias.to(q.dtype), dropout_p=rate, scale=1.0)
-        return self.o(out.transpose(1, 2).reshape(rows, length, -1))
+        joined: Tensor = self.o(out.transpose(1, 2).reshape(rows, length, -1))
+        return joined
 
 
-class FeedForwardLayer(nn.Module):
+class FeedForwardLayer(DropoutModule):
     """Pre-norm feed-forward with its residual; gated GELU (T5 1.1) or ReLU (T5)."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.DenseReluDense = FeedForward(config)
         self.layer_norm = RMSNorm(config)
-        self.dropout = 0.0
 
     def forward(self, hidden: Tensor) -> Tensor:
         out = self.DenseReluDense(self.layer_norm(hidden))
-        return hidden + (F.dropout(out, self.dropout, self.training) if self.dropout else out)
+        return hidden + self.drop(out)
 
 
-class FeedForward(nn.Module):
+class FeedForward(DropoutModule):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.is_gated = config.feed_forward_proj == "gated-gelu"
@@ -210,16 +213,14 @@ class FeedForward(nn.Module):
         else:
             self.wi = nn.Linear(config.d_model, config.d_ff, bias=False)
         self.wo = nn.Linear(config.d_ff, config.d_model, bias=False)
-        self.dropout = 0.0
 
     def forward(self, hidden: Tensor) -> Tensor:
         if self.is_gated:
             inner = F.gelu(self.wi_0(hidden), approximate="tanh") * self.wi_1(hidden)
         else:
             inner = F.relu(self.wi(hidden))
-        if self.dropout:
-            inner = F.dropout(inner, self.dropout, self.training)
-        return self.wo(inner)
+        out: Tensor = self.wo(self.drop(inner))
+        return out
 
 
 class RMSNorm(nn.Module):
@@ -265,7 +266,7 @@ def relative_buckets(distance: Tensor, *, bidirectional: bool, num_buckets: int,
 
 @torch.no_grad()
 def initialize(model: T5, generator: torch.Generator) -> None:
-    """T5's initial weights (T5X): unit embeddings, 1/fan-in matrices, and q smaller by its head's share of the scale."""
+    """T5's initial weights (T5X): unit embeddings, 1/fan-in matrices, q smaller by the scale that attention lacks."""
     config = model.config
     d_model, inner = config.d_model, config.num_heads * config.d_kv
     spread = {

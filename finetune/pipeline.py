@@ -20,18 +20,30 @@ from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
-from finetune.exemplars import draw_exemplars, fit, to_exemplar
 from finetune.example import TextExample
+from finetune.exemplars import draw_exemplars, fit, to_exemplar, with_own_options
+from finetune.heldout import HeldoutExample
 from finetune.mixtures import MixtureSpec, effective_weights, load_mixture
 from finetune.task_rows import TaskRows, drop_leaks, load_rows
 from finetune.tasks import Task, load_tasks
-from finetune.templates import WITH_EXEMPLARS, WITH_OPTIONS, WITH_RATIONALE, Template, TemplateError, choose, load_templates
+from finetune.templates import (
+    TEMPLATE_TYPES,
+    WITH_EXEMPLARS,
+    WITH_OPTIONS,
+    WITH_RATIONALE,
+    TemplateError,
+    choose,
+    load_templates,
+    near,
+)
 from serve.prompts import render, render_target
 from serve.request import Exemplar, Mode
 
+__all__ = ["SMOKE_DATA_DIR", "HeldoutExample", "Instance", "TextStream", "build_text_stream"]
+
 SMOKE_DATA_DIR = Path(__file__).parent / "data" / "smoke"
 _COT_OPTIONS_RATE = 0.25
-_TRIES_PER_DRAW = 1000  # with exhaustion "drop" most draws may hit tasks that are used up
+_WITHOUT_EXEMPLARS = {"fs_opt": "zs_opt", "fs_noopt": "zs_noopt", "fs_cot": "cot"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,42 +64,6 @@ class Instance:
         """Through serve.prompts, so that the model is trained on the bytes it will be served."""
         inputs = render(self.mode, self.instruction, self.input, self.options, self.exemplars)
         return TextExample(inputs, render_target(self.mode, self.output, self.rationale), self.task, self.template_type)
-
-
-@dataclass(frozen=True, slots=True)
-class HeldoutExample:
-    """A held-out case for evaluation: the native request fields, the expected output and how to score it.
-
-    `accepted` holds every right answer, `output` first.
-    """
-
-    task: str
-    template_type: str
-    mode: str
-    instruction: str
-    input: str | None
-    options: tuple[str, ...]
-    exemplars: tuple[Exemplar, ...]
-    output: str
-    accepted: tuple[str, ...]
-    rationale: str | None
-    metric: str
-
-    def to_json(self) -> dict[str, Any]:
-        """A JSON object, one line of an evaluation file."""
-        exemplars = [
-            {"input": exemplar.input, "output": exemplar.output, "rationale": exemplar.rationale}
-            for exemplar in self.exemplars
-        ]
-        fields = {name: getattr(self, name) for name in self.__slots__}
-        return fields | {"options": list(self.options), "accepted": list(self.accepted), "exemplars": exemplars}
-
-    @classmethod
-    def from_json(cls, fields: Mapping[str, Any]) -> HeldoutExample:
-        """The inverse of `to_json`."""
-        exemplars = tuple(Exemplar(**exemplar) for exemplar in fields["exemplars"])
-        lists = {"options": tuple(fields["options"]), "accepted": tuple(fields["accepted"]), "exemplars": exemplars}
-        return cls(**{**fields, **lists})
 
 
 class TextStream:
@@ -132,6 +108,8 @@ class TextStream:
         if task not in self.rows:
             raise KeyError(f"the mixture {self.spec.name} has no task {task}; it has {', '.join(self.rows)}")
         task_rows = self.rows[task]
+        if template_type is not None:
+            _check_type(task_rows, template_type)
         order = list(range(len(task_rows.held_out)))
         random.Random(f"{self.seed}/{task}/held out").shuffle(order)
         types, cumulative = self._types[task]
@@ -146,7 +124,8 @@ class TextStream:
 
     def state_dict(self) -> dict[str, Any]:
         """What a later run needs to go on with the next example: the mixture, the seed, and counts."""
-        return {"mixture": self.spec.name, "seed": self.seed, "num_draws": self._num_draws, "counts": dict(self._counts)}
+        own = {"mixture": self.spec.name, "seed": self.seed}
+        return own | {"num_draws": self._num_draws, "counts": dict(self._counts)}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on where `state` was taken; raises ValueError where mixture, seed or tasks are not the same."""
@@ -160,7 +139,10 @@ class TextStream:
         self._counts = Counter(state["counts"])
 
     def manifest(self) -> list[dict[str, Any]]:
-        """For flan.json: per task its submixture, licence, effective weight, sizes, realised count and epochs."""
+        """For flan.json: per task its submixture, licence, effective weight, sizes, realised count and epochs.
+
+        A generated task has no end: `num_train` is the nominal size that its rate may follow, `epochs` is None.
+        """
         return [
             {
                 "task": name,
@@ -171,53 +153,57 @@ class TextStream:
                 "num_train": self.rows[name].num_train,
                 "num_held_out": len(self.rows[name].held_out),
                 "count": self._counts[name],
-                "epochs": round(self._counts[name] / self.rows[name].num_train, 3),
+                "epochs": None
+                if self.rows[name].task.generator is not None
+                else round(self._counts[name] / self.rows[name].num_train, 3),
             }
             for name in self._names
         ]
 
     def _draw_task(self, rng: random.Random) -> str:
-        for _ in range(_TRIES_PER_DRAW):
-            index = bisect_right(self._cumulative, rng.random() * self._cumulative[-1])
-            name = self._names[min(index, len(self._names) - 1)]
-            is_used_up = self._counts[name] >= self.rows[name].num_train
-            if not is_used_up or self.spec.exhaustion == "repeat":
-                return name
-            if self.spec.exhaustion == "stop":
+        """A task by weight; raises StopIteration where the exhaustion policy ends the stream."""
+        if self.spec.exhaustion == "drop":
+            left = [name for name in self._names if self._counts[name] < self.rows[name].num_train]
+            if not left:
                 raise StopIteration
-        raise StopIteration  # every task is used up
+            return rng.choices(left, [self.weights[name] for name in left])[0]
+        index = bisect_right(self._cumulative, rng.random() * self._cumulative[-1])
+        name = self._names[index]
+        if self.spec.exhaustion == "stop" and self._counts[name] >= self.rows[name].num_train:
+            raise StopIteration
+        return name
 
     def _instance(self, rows: TaskRows, row: Mapping[str, Any], template_type: str, rng: random.Random) -> Instance:
+        """A row dressed in a template of this type; without exemplars that fit, a few-shot type becomes zero-shot."""
         task = rows.task
-        templates = choose(task.templates, template_type)
-        if not templates:
-            raise TemplateError(f"task {task.name} has no template for the type {template_type}")
-        template = rng.choice(templates)
+        template = rng.choice(choose(task.templates, template_type))
         instruction, input_text = template.fill(row, task.name)
         options = _draw_options(row, task.num_options, rng) if _shows_options(row, template_type, rng) else ()
         exemplars: list[Exemplar] = []
         if template_type in WITH_EXEMPLARS:
-            own_options = bool(options) and self._own_options[task.name]
-            count = rng.randint(*self.spec.num_exemplars)
-            drawn = draw_exemplars(rows.random_train_row, row, count, rng)
-            exemplars = [to_exemplar(other, template, task.name, own_options=own_options) for other in drawn]
-            mode = Mode.COT if template_type in WITH_RATIONALE else Mode.FEW_SHOT
+            drawn = draw_exemplars(rows.random_train_row, row, rng.randint(*self.spec.num_exemplars), rng)
+            exemplars = [to_exemplar(other, template, instruction, task.name) for other in drawn]
+            if options and self._own_options[task.name]:
+                pairs = zip(exemplars, drawn, strict=True)
+                exemplars = [with_own_options(exemplar, other["options"]) for exemplar, other in pairs]
+            mode = _mode(template_type)
 
             def length(some: Sequence[Exemplar]) -> int:
                 return len(render(mode, instruction, input_text, options, some))
 
             exemplars = fit(exemplars, length, self.spec.max_input_chars)
-        if template_type in WITH_RATIONALE:
-            mode = Mode.COT
-            template_type = "fs_cot" if exemplars else "cot"
-        elif exemplars:
-            mode = Mode.FEW_SHOT
-        else:
-            mode = Mode.INSTRUCTION
-            template_type = template_type.replace("fs_", "zs_")
-        rationale = row.get("rationale") if mode is Mode.COT else None
+            if not exemplars:
+                template_type = _WITHOUT_EXEMPLARS[template_type]
         return Instance(
-            task.name, template_type, mode, instruction, input_text, options, tuple(exemplars), row["output"], rationale
+            task.name,
+            template_type,
+            _mode(template_type),
+            instruction,
+            input_text,
+            options,
+            tuple(exemplars),
+            row["output"],
+            row["rationale"] if template_type in WITH_RATIONALE else None,
         )
 
 
@@ -243,17 +229,32 @@ def build_text_stream(mixture: str | Path, data_dirs: Sequence[Path], *, seed: i
     return TextStream(spec, rows, seed=seed)
 
 
+def _mode(template_type: str) -> Mode:
+    """
+    >>> [_mode(name).value for name in ("zs_opt", "fs_noopt", "fs_cot")]
+    ['instruction', 'few_shot', 'cot']
+    """
+    if template_type in WITH_RATIONALE:
+        return Mode.COT
+    return Mode.FEW_SHOT if template_type in WITH_EXEMPLARS else Mode.INSTRUCTION
+
+
+def _check_type(rows: TaskRows, template_type: str) -> None:
+    """Refuse a type that the task's rows cannot have; that it is never trained on is no reason to refuse."""
+    if template_type not in TEMPLATE_TYPES:
+        raise ValueError(f"unknown template type {template_type}{near(template_type, TEMPLATE_TYPES)}")
+    if not rows.can_have(template_type):
+        raise ValueError(f"task {rows.task.name} cannot have the type {template_type}: no options, chains or templates")
+
+
 def _type_weights(spec: MixtureSpec, name: str, rows: TaskRows) -> tuple[list[str], list[float]]:
-    """The template types a task can have, with cumulated weights."""
+    """The template types a task is trained in, with cumulated weights."""
     wished = next((member.types for member in spec.members if member.task == name and member.types), spec.types)
+    allowed = rows.task.types if rows.task.types else TEMPLATE_TYPES
     possible = {
         template_type: weight
         for template_type, weight in wished.items()
-        if weight > 0
-        and (not rows.task.types or template_type in rows.task.types)
-        and (template_type not in WITH_OPTIONS or rows.has_options)
-        and (template_type not in WITH_RATIONALE or rows.has_rationales)
-        and choose(rows.task.templates, template_type)
+        if weight > 0 and template_type in allowed and rows.can_have(template_type)
     }
     if not possible:
         raise TemplateError(f"mixture {spec.name}: task {name} can have none of the types {', '.join(wished)}")

@@ -17,7 +17,7 @@ from finetune.exemplars import normalised
 from finetune.generators import generate, is_held_out
 from finetune.sources import READERS, ReadOptions, SourceError, find_files
 from finetune.tasks import Task
-from finetune.templates import near
+from finetune.templates import WITH_OPTIONS, WITH_RATIONALE, near
 
 Row = dict[str, Any]
 _LEAST_WORDS_OF_A_LEAK = 5
@@ -61,9 +61,13 @@ class TaskRows:
             return self._generate(rng.randrange(2**40), held_out=False)
         return rng.choice(self.train)
 
-    @property
-    def has_rationales(self) -> bool:
-        return bool(self._probe().get("rationale"))
+    def can_have(self, template_type: str) -> bool:
+        """Whether there are the options, the chains and a template that a template type needs."""
+        if template_type in WITH_OPTIONS and not self.has_options:
+            return False
+        if template_type in WITH_RATIONALE and not self._probe().get("rationale"):
+            return False
+        return any(template.serves(template_type) for template in self.task.templates)
 
     @property
     def has_options(self) -> bool:
@@ -73,8 +77,8 @@ class TaskRows:
         return self._generate(0, held_out=False) if self.task.generator is not None else self.train[0]
 
     def _generate(self, index: int, *, held_out: bool) -> Row:
-        assert self.task.generator is not None
         task = self.task
+        assert task.generator is not None
         stream = f"{self.seed}/{task.name}"
         return to_row(generate(task.generator, index, stream=stream, held_out=held_out, settings=task.settings), task)
 
@@ -121,6 +125,8 @@ def to_row(raw: Mapping[str, Any], task: Task) -> Row:
         if name not in row:
             raise SourceError(f"a row has no {name}; map it with fields = {{{name} = ...}} to one of {sorted(raw)}")
         row[name] = str(row[name]).strip()
+    if task.output_in_input_order:
+        row["output"] = ", ".join(sorted(row["output"].split(", "), key=row["input"].split(", ").index))
     if task.label_names:
         row["output"] = task.label_names.get(row["output"], row["output"])
         row["options"] = [task.label_names.get(option, option) for option in row.get("options", ())]
@@ -151,24 +157,29 @@ def _read(
 
 
 def drop_leaks(all_rows: Iterable[TaskRows]) -> None:
-    """Leave out train rows of any task whose input is a held-out input of another one.
+    """Leave out train rows of any task that are a held-out case of another one.
 
-    (723 ECQA training questions are in the CommonsenseQA dev file.) Only texts of five words and more are looked at:
-    single words are inputs of many tasks, with different answers.
+    (723 ECQA training questions are in the CommonsenseQA dev file; two antonym tasks share words.) A text of five
+    words and more is compared alone, a shorter one with its output: single words are inputs of many tasks, with
+    different answers.
     """
     tasks = list(all_rows)
-    owners: dict[str, set[str]] = {}
+    owners: dict[tuple[str, str], set[str]] = {}
     for task_rows in tasks:
         for row in task_rows.held_out:
-            text = normalised(row["input"])
-            if text.count(" ") >= _LEAST_WORDS_OF_A_LEAK - 1:
-                owners.setdefault(text, set()).add(task_rows.task.name)
+            owners.setdefault(_case(row), set()).add(task_rows.task.name)
     for task_rows in tasks:
         own = {task_rows.task.name}
-        kept = [row for row in task_rows.train if owners.get(normalised(row["input"]), own) <= own]
+        kept = [row for row in task_rows.train if owners.get(_case(row), own) <= own]
         if len(kept) < len(task_rows.train):
             task_rows.left_out["held out elsewhere"] += len(task_rows.train) - len(kept)
             task_rows.train = kept
+
+
+def _case(row: Row) -> tuple[str, str]:
+    """What two rows of different tasks are the same case by."""
+    text = normalised(row["input"])
+    return text, "" if text.count(" ") >= _LEAST_WORDS_OF_A_LEAK - 1 else normalised(row["output"])
 
 
 def _clean(train: list[Row], held_out: list[Row], left_out: Counter[str]) -> Iterator[Row]:

@@ -7,6 +7,7 @@ A task is an entry `[[task]]` of a TOML file in finetune/data/tasks:
     source      {reader, path, ...reader settings} or {generator, ...its settings, size}
     num_options  where options are shown: the right one and random others, so many in all (default: every one)
     fields      our field -> the source's field, where names differ: {output = "effect"}
+    output_order "input": a comma-separated output is put into the order in which its items stand in the input
     templates   names of template sets; options  a closed list for every row; label_names  raw label -> word
     held_out    {path = ...} a file of its own, {fraction = 0.1} by hash of the row's key, or nothing
     types       template types the task may take; derived from options and rationales when absent
@@ -32,12 +33,19 @@ TASKS_DIR = Path(__file__).parent / "data" / "tasks"
 SUBMIXTURES = ("muffin", "t0", "cot", "niv2", "generated")
 METRICS = ("exact_match", "any_exact_match", "set_match", "rouge_l", "numeric_match")
 READER_SETTINGS = frozenset({"skip_damaged", "unescape", "strip_prefix", "body_only", "header"})
-_KEYS = frozenset(
-    {
-        "name", "submixture", "source", "fields", "templates", "options", "num_options", "label_names", "held_out", "types",
-        "licence", "permissive", "metric", "evaluation_only",
-    }
-)  # fmt: skip
+_REQUIRED_KEYS = ("name", "submixture", "source", "templates", "licence", "permissive")
+_OPTIONAL_KEYS = (
+    "fields",
+    "options",
+    "num_options",
+    "output_order",
+    "label_names",
+    "held_out",
+    "types",
+    "metric",
+    "evaluation_only",
+)
+_KEYS = (*_REQUIRED_KEYS, *_OPTIONAL_KEYS)
 
 
 class TaskError(ValueError):
@@ -61,6 +69,7 @@ class Task:
     options: tuple[str, ...] = ()
     num_options: int | None = None
     label_names: Mapping[str, str] = field(default_factory=dict)
+    output_in_input_order: bool = False
     held_out_path: str | None = None
     held_out_fraction: float = 0.0
     types: tuple[str, ...] = ()
@@ -104,8 +113,8 @@ def load_tasks(template_sets: Mapping[str, tuple[Template, ...]], folder: Path =
 
 def _check(entry: Mapping[str, Any], template_sets: Mapping[str, tuple[Template, ...]]) -> list[str]:
     """Every mistake of one entry."""
-    errors = [f"unknown key {key}{near(key, _KEYS)}" for key in sorted(set(entry) - _KEYS)]
-    errors += [f"{key} is missing" for key in ("name", "submixture", "source", "templates", "licence", "permissive") if key not in entry]
+    errors = [f"unknown key {key}{near(key, _KEYS)}" for key in sorted(set(entry) - set(_KEYS))]
+    errors += [f"{key} is missing" for key in _REQUIRED_KEYS if key not in entry]
     if entry.get("submixture", "cot") not in SUBMIXTURES:
         errors.append(f"unknown submixture {entry['submixture']}{near(entry['submixture'], SUBMIXTURES)}")
     if entry.get("metric", "exact_match") not in METRICS:
@@ -116,6 +125,8 @@ def _check(entry: Mapping[str, Any], template_sets: Mapping[str, tuple[Template,
     for template_type in entry.get("types", ()):
         if template_type not in TEMPLATE_TYPES:
             errors.append(f"unknown template type {template_type}{near(template_type, TEMPLATE_TYPES)}")
+    if entry.get("output_order", "input") != "input":
+        errors.append(f"unknown output_order {entry['output_order']}; there is only input")
     if not isinstance(entry.get("permissive", True), bool):
         errors.append("permissive must be true or false")
     return errors + _check_source(entry.get("source", {})) + _check_held_out(entry)
@@ -166,6 +177,7 @@ def _build(entry: Mapping[str, Any], template_sets: Mapping[str, tuple[Template,
         options=tuple(entry.get("options", ())),
         num_options=entry.get("num_options"),
         label_names=dict(entry.get("label_names", {})),
+        output_in_input_order=entry.get("output_order") == "input",
         held_out_path=held_out.get("path"),
         held_out_fraction=float(held_out.get("fraction", 0.0)),
         types=tuple(entry.get("types", ())),

@@ -30,6 +30,7 @@ TEMPLATE_TYPES = ("zs_opt", "zs_noopt", "fs_opt", "fs_noopt", "cot", "fs_cot")
 WITH_OPTIONS = frozenset({"zs_opt", "fs_opt"})
 WITH_EXEMPLARS = frozenset({"fs_opt", "fs_noopt", "fs_cot"})
 WITH_RATIONALE = frozenset({"cot", "fs_cot"})
+_KEYS = ("instruction", "input", "types")
 
 Pattern = tuple[tuple[str, str | None], ...]  # pieces of (literal text, name of the field that follows)
 
@@ -79,9 +80,9 @@ class Template:
 def parse_template(entry: str | Mapping[str, Any], name: str) -> Template:
     """A template from its entry in a data file; `name` is for errors, `set[index]`."""
     fields = {"instruction": entry} if isinstance(entry, str) else dict(entry)
-    unknown = sorted(set(fields) - {"instruction", "input", "types"})
-    if unknown:
-        raise TemplateError(f"template {name}: unknown key {unknown[0]}{near(unknown[0], ['instruction', 'input', 'types'])}")
+    for key in fields:
+        if key not in _KEYS:
+            raise TemplateError(f"template {name}: unknown key {key}{near(key, _KEYS)}")
     if not isinstance(fields.get("instruction"), str) or not fields["instruction"].strip():
         raise TemplateError(f"template {name}: an instruction is needed")
     types = tuple(fields.get("types", ()))

@@ -1,8 +1,8 @@
 """Text to ids: a checkpoint's tokenizer, the token stream of a phase, and the demo tokenizer's training.
 
 The demo tokenizer behaves like T5's: newlines and runs of spaces fold into one space, every word begins with "▁", EOS
-is appended, `{ } < > ~ ^ \\` and the backtick are unknown. It is smaller (8,000 pieces), and a digit is always a piece of
-its own, so that 17 and 71 share their pieces. Ids as in T5: pad 0, EOS 1, unknown 2, the pieces, and on top the
+is appended, `{ } < > ~ ^ \\` and the backtick are unknown. It is smaller (8,000 pieces), and a digit is always a piece
+of its own, so that 17 and 71 share their pieces. Ids as in T5: pad 0, EOS 1, unknown 2, the pieces, and on top the
 sentinels, <extra_id_0> the highest.
 """
 
@@ -24,6 +24,7 @@ from finetune.example import TextExample, TokenExample
 from finetune.packing import Overlong, fit_lengths
 
 NUM_SENTINELS = 100
+DEMO_TOKENIZER = Path(__file__).parent / "configs" / "tokenizer"  # made by `flan-finetune tokenizer`
 PAD, EOS, UNKNOWN = "<pad>", "</s>", "<unk>"
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "spiece.model")
 _LETTERS = "abcdefghijklmnopqrstuvwxyz"
@@ -79,7 +80,7 @@ class TokenStream:
         self, source: TextSource, tokenizer: Tokenizer, phase: PhaseConfig, *, overlong: Overlong, seed: int
     ) -> None:
         self.source, self.tokenizer, self.phase, self.overlong, self.seed = source, tokenizer, phase, overlong, seed
-        self.eos_id: int = tokenizer.token_to_id(EOS)
+        self.eos_id = _eos_id(tokenizer)
         self._sentinels = sentinel_ids(tokenizer)
         self._num_draws = 0
         self.counts: Counter[str] = Counter()  # examples, trimmed_targets, trimmed_inputs, dropped
@@ -137,6 +138,13 @@ class TokenStream:
     def _ids(self, text: str) -> list[int]:
         ids: list[int] = self.tokenizer.encode(text, add_special_tokens=False).ids
         return ids
+
+
+def _eos_id(tokenizer: Tokenizer) -> int:
+    found = tokenizer.token_to_id(EOS)
+    if found is None:
+        raise ValueError(f"the tokenizer has no {EOS}; is it one of a T5?")
+    return int(found)
 
 
 def train_tokenizer(texts: Iterable[str], num_pieces: int = 8000) -> Tokenizer:
@@ -210,7 +218,7 @@ def _normalizer() -> normalizers.Normalizer:
 
 def _finish(tokenizer: Tokenizer, num_pieces: int) -> Tokenizer:
     """The trained pieces as a tokenizer like T5's: sentinels on top, EOS appended."""
-    scores: dict[str, float] = {piece: score for piece, score in json.loads(tokenizer.to_str())["model"]["vocab"]}
+    scores: dict[str, float] = dict(json.loads(tokenizer.to_str())["model"]["vocab"])
     for name in (PAD, EOS, UNKNOWN):
         scores.pop(name, None)
     lowest = min(scores.values())

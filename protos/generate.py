@@ -37,7 +37,7 @@ def generate(output: Path) -> list[Path]:
         "protoc",
         f"--proto_path={PROTOS.parent}",
         f"--proto_path={importlib.resources.files('grpc_tools') / '_proto'}",
-        *(f"--plugin={name}={_tool(name)}" for name in ("protoc-gen-mypy", "protoc-gen-mypy_grpc")),
+        *(f"--plugin={name}={tool(name)}" for name in ("protoc-gen-mypy", "protoc-gen-mypy_grpc")),
         *(f"--{kind}_out={output}" for kind in ("python", "grpc_python", "mypy", "mypy_grpc")),
         PROTO,
     ]
@@ -49,16 +49,16 @@ def generate(output: Path) -> list[Path]:
 def breaking_changes(against: Path = BASELINE) -> str:
     """What in the contract breaks clients of `against`, a line each; empty when nothing does."""
     done = subprocess.run(
-        [_tool("buf"), "breaking", PROTOS, "--against", against], capture_output=True, text=True, check=False
+        [tool("buf"), "breaking", PROTOS, "--against", against], capture_output=True, text=True, check=False
     )
     return (done.stdout + done.stderr).strip()
 
 
 def write_baseline(path: Path = BASELINE) -> None:
-    subprocess.run([_tool("buf"), "build", PROTOS, "--exclude-source-info", "-o", path], check=True)
+    subprocess.run([tool("buf"), "build", PROTOS, "--exclude-source-info", "-o", path], check=True)
 
 
-def _tool(name: str) -> str:
+def tool(name: str) -> str:
     """A program of this environment, also when its folder is not on PATH."""
     path = os.pathsep.join([sysconfig.get_path("scripts"), os.environ.get("PATH", "")])
     found = shutil.which(name, path=path)

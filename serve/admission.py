@@ -11,9 +11,10 @@ from __future__ import annotations
 
 import asyncio
 from collections import OrderedDict
+from collections.abc import Callable
 from enum import Enum, StrEnum
 
-from serve.errors import EngineFailure, QueueFull, ServeError, Unavailable
+from serve.errors import Cancelled, EngineFailure, QueueFull, ServeError, Unavailable
 
 RETRY_QUEUE_SECONDS = 1.0
 RETRY_LOADING_SECONDS = 5.0
@@ -41,7 +42,8 @@ class Ticket:
         self._stage = _Stage.PREPARING
         self._begun = False
         self.slots = 0
-        self._granted: asyncio.Future[None] | None = None
+        self._refusal: ServeError | None = None
+        self._decided: asyncio.Future[None] | None = None  # made when somebody waits for the grant
 
     @property
     def is_running(self) -> bool:
@@ -64,12 +66,16 @@ class Ticket:
         """Return once the request may run. Cancelling the wait keeps the place; `leave` gives it up.
 
         Raises:
-            Unavailable: the server drains. EngineFailure: the engine died. Both: the ticket has left.
+            Unavailable: the server drains. EngineFailure: the engine died. Cancelled: `leave` was called.
         """
-        if self._stage is _Stage.QUEUED and self._granted is None:
-            self._granted = asyncio.get_running_loop().create_future()
-        if self._granted is not None:
-            await asyncio.shield(self._granted)
+        if self._stage is _Stage.QUEUED:
+            if self._decided is None:
+                self._decided = asyncio.get_running_loop().create_future()
+            await asyncio.shield(self._decided)
+        if self._refusal is not None:
+            raise self._refusal
+        if self._stage is not _Stage.RUNNING:
+            raise Cancelled("the request has left the queue")
 
     def begin(self) -> None:
         """The engine has begun the request: it counts as running, no longer as waiting."""
@@ -82,6 +88,10 @@ class Ticket:
     def leave(self) -> None:
         """Give up the place or the slots; idempotent, from any stage."""
         self._admission._leave(self)
+
+    def _decide(self) -> None:
+        if self._decided is not None and not self._decided.done():
+            self._decided.set_result(None)
 
 
 class Admission:
@@ -127,9 +137,9 @@ class Admission:
         if self._failure is not None:
             raise EngineFailure(self._failure)
         if self.state is ServerState.LOADING:
-            raise Unavailable("the model is loading", retry_after_seconds=RETRY_LOADING_SECONDS)
+            raise loading()
         if self.state is ServerState.DRAINING:
-            raise _draining()
+            raise draining()
 
     def enter(self) -> Ticket:
         """Take a place for a request that is yet to be prepared, so that what is being prepared is bounded too.
@@ -153,12 +163,12 @@ class Admission:
     def drain(self) -> None:
         """Refuse new and queued requests; what runs goes on. Cannot be undone."""
         self.state = ServerState.DRAINING
-        self._refuse_queued(_draining())
+        self._refuse_queued(draining)
 
     def fail(self, reason: str) -> None:
         """The engine is dead: refuse new and queued requests."""
         self._failure = reason
-        self._refuse_queued(EngineFailure(reason))
+        self._refuse_queued(lambda: EngineFailure(reason))
 
     async def wait_idle(self) -> None:
         """Return once no request is prepared, queued or running."""
@@ -188,8 +198,7 @@ class Admission:
         ticket.slots = wanted
         self._free -= wanted
         self._running += 1
-        if ticket._granted is not None and not ticket._granted.done():
-            ticket._granted.set_result(None)
+        ticket._decide()
 
     def _begin(self, ticket: Ticket) -> None:
         if ticket._stage is _Stage.RUNNING and not ticket._begun:
@@ -215,8 +224,7 @@ class Admission:
             ticket.slots = 0
         else:
             return
-        if ticket._granted is not None and not ticket._granted.done():
-            ticket._granted.cancel()
+        ticket._decide()
         self._grant_next()  # also when a queued one left: it may have been the big one at the head
         if self._preparing + self._running + len(self._queue) == 0:
             self._idle.set()
@@ -229,10 +237,12 @@ class Admission:
             del self._queue[ticket]
             self._grant(ticket, wanted)
 
-    def _refuse_queued(self, error: ServeError) -> None:
+    def _refuse_queued(self, to_error: Callable[[], ServeError]) -> None:
         queued, self._queue = self._queue, OrderedDict()
         for ticket in queued:
-            ticket._refuse(error)
+            ticket._stage = _Stage.DONE
+            ticket._refusal = to_error()  # one each: an exception carries the traceback of who raised it
+            ticket._decide()
         if self._preparing + self._running == 0:
             self._idle.set()
 
@@ -243,5 +253,9 @@ class Admission:
         )
 
 
-def _draining() -> Unavailable:
+def loading() -> Unavailable:
+    return Unavailable("the model is loading", retry_after_seconds=RETRY_LOADING_SECONDS)
+
+
+def draining() -> Unavailable:
     return Unavailable("the server is shutting down", retry_after_seconds=RETRY_DRAINING_SECONDS)

@@ -38,21 +38,29 @@ class Checkpoint:
     prompt_format_version: int | None = None
 
 
-def find(model: str | None) -> tuple[Path, str]:
-    """The folder of `--model` and the name it is served under.
+def served_name(model: str | None) -> str:
+    """The name that a model is served under when no other is given: the folder's name, or the hub id."""
+    if model is None:
+        return DEMO_NAME
+    path = Path(model).expanduser()
+    return path.resolve().name if path.is_dir() else model
+
+
+def find(model: str | None) -> Path:
+    """The folder of `--model`; a hub id may take a while.
 
     Raises:
         CheckpointError: no such folder, or the hub does not have it.
     """
     if model is None:
-        return DEMO_FOLDER, DEMO_NAME
+        return DEMO_FOLDER
     path = Path(model).expanduser()
     if path.is_dir():
-        return path, path.resolve().name
+        return path
     looks_local = model.startswith((".", "/", "~")) or model.count("/") > 1 or path.exists()
     if looks_local:
         raise CheckpointError(f"--model {model}: no such folder")
-    return _download(model), model
+    return _download(model)
 
 
 def _download(model: str) -> Path:

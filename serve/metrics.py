@@ -199,12 +199,11 @@ class Metrics:
         registry: CollectorRegistry | None = None,
         on_request_end: Callable[[RequestRecord], None] | None = None,
     ) -> None:
-        disable_created_metrics()  # one more series for each counter and histogram, which nobody here reads
+        # One more series for each counter and histogram, which nobody here reads.
+        disable_created_metrics()  # type: ignore[no-untyped-call]
         self.registry = CollectorRegistry() if registry is None else registry
         self._on_request_end = on_request_end
-        self._requests = self._counter(
-            "requests", "Finished requests.", ("protocol", "route", "mode", "outcome")
-        )
+        self._requests = self._counter("requests", "Finished requests.", ("protocol", "route", "mode", "outcome"))
         self.prompt_tokens = self._counter("prompt_tokens", "Prompt tokens of requests that began to run.")
         self.generation_tokens = self._counter("generation_tokens", "Generated tokens, counted as they are made.")
         self.unknown_tokens = self._counter("unknown_tokens", "Prompt tokens that the vocabulary lacks.")
@@ -223,9 +222,7 @@ class Metrics:
             "request_duration_seconds", "Arrival to the end, however it ended.", _LATENCY_SECONDS
         )
         self._encode_batch = self._histogram("encode_batch_tokens", "Prompt tokens encoded in a step.", _BATCH_TOKENS)
-        self._decode_batch = self._histogram(
-            "decode_batch_sequences", "Sequences decoded in a step.", _BATCH_SEQUENCES
-        )
+        self._decode_batch = self._histogram("decode_batch_sequences", "Sequences decoded in a step.", _BATCH_SEQUENCES)
         steps = Histogram(
             "flan_engine_step_seconds",
             "Time of one engine step by phase.",

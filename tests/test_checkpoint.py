@@ -30,13 +30,13 @@ def test_a_local_folder_never_touches_the_network(tmp_path: Path, monkeypatch: p
 
     monkeypatch.setattr(socket, "socket", refuse)
     folder = write_folder(tmp_path / "google")
-    found, name = checkpoint.find(str(folder))
-    assert (found, name) == (folder, "google")
-    assert checkpoint.inspect(found, name).is_encoder_decoder
+    assert checkpoint.find(str(folder)) == folder
+    assert checkpoint.served_name(str(folder)) == "google"
+    assert checkpoint.inspect(folder, "google").is_encoder_decoder
 
 
 def test_no_model_is_the_demo() -> None:
-    assert checkpoint.find(None) == (checkpoint.DEMO_FOLDER, "flan-demo")
+    assert (checkpoint.find(None), checkpoint.served_name(None)) == (checkpoint.DEMO_FOLDER, "flan-demo")
 
 
 @pytest.mark.parametrize("model", ["/nowhere/at/all", "./nowhere", "a/b/c"])

@@ -1,5 +1,7 @@
 """AsyncFlanClient."""
 
+# ruff: noqa: ASYNC109 - `timeout` is sent to the server as the deadline; asyncio.timeout would only stop waiting for it
+
 from __future__ import annotations
 
 import asyncio

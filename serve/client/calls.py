@@ -19,11 +19,13 @@ def parse_url(url: str, api_key: str | None, max_body_mib: float, tls: TlsFiles 
     """Where a URL points to, and whether gRPC is spoken there.
 
     Raises:
-        ValueError: not a URL of a server.
+        ValueError: not a URL of a server, or a key that cannot be sent.
     """
     parts = urlsplit(url)
     if parts.scheme not in _DEFAULT_PORTS or not parts.hostname or parts.path not in ("", "/"):
         raise ValueError(f"{url!r} is none of http://HOST:PORT, https://…, grpc://…, grpcs://…")
+    if api_key is not None and not api_key.isascii():
+        raise ValueError("api_key must be ASCII: neither HTTP nor gRPC can send another")
     server = Server(
         host=parts.hostname,
         port=_DEFAULT_PORTS[parts.scheme] if parts.port is None else parts.port,

@@ -12,7 +12,7 @@ from functools import cache
 from typing import Any
 
 import grpc
-from google.protobuf.descriptor import Descriptor, EnumDescriptor, FieldDescriptor
+from google.protobuf.descriptor import Descriptor, EnumDescriptor
 from google.protobuf.message import DecodeError, Message
 from google.rpc import error_details_pb2, status_pb2
 
@@ -62,7 +62,7 @@ def fill(message: Message, body: Mapping[str, Any]) -> None:
             raise InvalidRequest(f"{name}: {error}", field=name) from None
 
 
-def _set(message: Message, field: FieldDescriptor, value: Any) -> None:
+def _set(message: Message, field: Any, value: Any) -> None:
     if field.enum_type is not None:
         words = _enum_words(field.enum_type)
         if value not in words:
@@ -94,7 +94,7 @@ def _plan(descriptor: Descriptor) -> tuple[tuple[str, bool, Callable[[Any], Any]
     return tuple((field.name, field.has_presence, _converter(field)) for field in descriptor.fields)
 
 
-def _converter(field: FieldDescriptor) -> Callable[[Any], Any]:
+def _converter(field: Any) -> Callable[[Any], Any]:
     convert: Callable[[Any], Any] = _same
     if field.message_type is not None:
         convert = to_json
@@ -121,11 +121,11 @@ def _enum_words(enum: EnumDescriptor) -> dict[str, int]:
     return {value.name.removeprefix(prefix).lower(): value.number for value in enum.values if value.number != 0}
 
 
-def to_error(error: grpc.RpcError) -> ServeError:
+def to_error(error: Any) -> ServeError:
     """Our error for grpc's: by the server's details if there are any, else by the status code."""
     code, text = error.code(), error.details() or ""
-    raw = next((value for key, value in error.trailing_metadata() or () if key == _DETAILS_KEY), b"")
-    reason, field, retry_after_seconds = _details(raw)
+    trailers = dict(error.trailing_metadata() or ())
+    reason, field, retry_after_seconds = _details(trailers.get(_DETAILS_KEY, b""))
     kind = ERRORS.get(reason)
     if kind is None:
         kind = _CODES.get(code, EngineFailure)

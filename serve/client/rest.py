@@ -152,7 +152,7 @@ def _to_request(
     http: httpx.Client | httpx.AsyncClient, server: Server, call: Call, *, stream: bool = False
 ) -> httpx.Request:
     verb, path = _ROUTES[call.method]
-    headers = server.headers(call)
+    headers = server.headers
     remaining = call.remaining_seconds()
     if remaining is not None:
         headers["x-request-timeout-ms"] = str(max(1, int(remaining * 1000)))

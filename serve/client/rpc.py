@@ -38,14 +38,14 @@ class RpcTransport:
         request = _to_request(name, call, self._server)
         method = self._channel.unary_unary(_path(name), *_codec(name))
         try:
-            return to_json(method(request, call.remaining_seconds(), tuple(self._server.headers(call).items())))
+            return to_json(method(request, call.remaining_seconds(), tuple(self._server.headers.items())))
         except grpc.RpcError as error:
             raise to_error(error) from error
 
     def stream(self, call: Call) -> Generator[Json]:
         request = _to_request(_STREAM, call, self._server)
         method = self._channel.unary_stream(_path(_STREAM), *_codec(_STREAM))
-        events = method(request, call.remaining_seconds(), tuple(self._server.headers(call).items()))
+        events = method(request, call.remaining_seconds(), tuple(self._server.headers.items()))
         try:
             for event in events:
                 yield to_json(event)
@@ -87,7 +87,7 @@ class AsyncRpcTransport:
         name = _METHODS[call.method]
         request = _to_request(name, call, self._server)
         method = self._channel.unary_unary(_path(name), *_codec(name))
-        metadata = grpc.aio.Metadata(*self._server.headers(call).items())
+        metadata = grpc.aio.Metadata(*self._server.headers.items())
         try:
             return to_json(await method(request, timeout=call.remaining_seconds(), metadata=metadata))
         except grpc.RpcError as error:
@@ -96,7 +96,7 @@ class AsyncRpcTransport:
     async def stream(self, call: Call) -> AsyncGenerator[Json]:
         request = _to_request(_STREAM, call, self._server)
         method = self._channel.unary_stream(_path(_STREAM), *_codec(_STREAM))
-        metadata = grpc.aio.Metadata(*self._server.headers(call).items())
+        metadata = grpc.aio.Metadata(*self._server.headers.items())
         events = method(request, timeout=call.remaining_seconds(), metadata=metadata)
         try:
             async for event in events:

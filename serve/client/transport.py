@@ -40,14 +40,10 @@ class Server:
     def address(self) -> str:
         return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
 
-    def headers(self, call: Call) -> dict[str, str]:
-        """HTTP headers, or gRPC metadata, of a call."""
-        headers = {}
-        if self.api_key is not None:
-            headers["authorization"] = f"Bearer {self.api_key}"
-        if call.request_id is not None:
-            headers["x-request-id"] = call.request_id
-        return headers
+    @property
+    def headers(self) -> dict[str, str]:
+        """HTTP headers, or gRPC metadata, of every call."""
+        return {} if self.api_key is None else {"authorization": f"Bearer {self.api_key}"}
 
 
 class Transport(Protocol):

@@ -83,7 +83,6 @@ class Call:
     method: Method
     body: Json
     expires: float | None = None
-    request_id: str | None = None
 
     def remaining_seconds(self) -> float | None:
         """Time left.
@@ -112,7 +111,7 @@ def to_call(method: Method, timeout: float | None, fields: Mapping[str, Any]) ->
             raise TypeError(f"unknown field {name!r}" + (f"; did you mean {close[0]!r}?" if close else ""))
     body = {name: _plain(value) for name, value in fields.items() if value is not None}
     expires = None if timeout is None else time.monotonic() + timeout
-    return Call(method, body, expires, body.get("request_id"))
+    return Call(method, body, expires)
 
 
 _KNOWN_FIELDS: Mapping[Method, frozenset[str]] = {

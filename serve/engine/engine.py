@@ -137,10 +137,13 @@ class Engine:
         output.started = plan.started
         self._runner.prepare(plan)
         failed = self._encode(plan)
-        self._score(plan, output)
-        if plan.decode:
-            sampled = self._runner.sample(self._runner.decode(plan), plan)
+        scored = self._score(plan)
+        sampled = self._runner.sample(self._runner.decode(plan), plan) if plan.decode else None
+        # Rows move when somebody leaves, so nobody does before all of the plan has been computed.
+        if sampled is not None:
             self._update(plan, sampled, failed, output)
+        if plan.score is not None:
+            self._update_job(plan.score.job, scored, output)
         self._end_failed_jobs(failed, output)
         self._changed = False
         output.stats = self._stats(plan)
@@ -172,17 +175,21 @@ class Engine:
                 failed[id(prompt)] = f"the prompt could not be encoded: {type(error).__name__}"
         return failed
 
-    def _score(self, plan: StepPlan, output: StepOutput) -> None:
-        chunk = plan.score
-        if chunk is None:
-            return
-        job = chunk.job
+    def _score(self, plan: StepPlan) -> list[float] | str:
+        """Score the plan's chunk; returns its sums, or why there are none."""
+        if plan.score is None:
+            return []
         try:
-            job.logprobs += self._runner.score(chunk)
+            return self._runner.score(plan.score)
         except Exception as error:
-            logger.exception("scoring %d candidates failed", len(chunk.candidates))
-            self._end_job(output, job, error=f"scoring failed: {type(error).__name__}: {error}")
+            logger.exception("scoring %d candidates failed", len(plan.score.candidates))
+            return f"scoring failed: {type(error).__name__}: {error}"
+
+    def _update_job(self, job: ScoreJob, scored: list[float] | str, output: StepOutput) -> None:
+        if isinstance(scored, str):
+            self._end_job(output, job, error=scored)
             return
+        job.logprobs += scored
         if job.done:
             self._end_job(output, job)
 

@@ -6,7 +6,8 @@ the distribution after penalties, bias and the vocabulary's limit, and before te
 
 Randomness is counter-based: the draw of a sequence's token number p is a function of (seed, sample number, p) and of
 nothing else, so neither the batch nor a restart or preemption changes it. The draw goes through the inverse of the
-cumulative distribution in order of token ids, which equal probabilities cannot reorder.
+cumulative distribution in order of token ids, which equal probabilities cannot reorder. (What remains is rounding: the
+same sequence in two batches has logits that differ by 1e-6, so about one draw in a million falls on the other side.)
 
 Only rows that ask for something pay for it: an all-greedy batch is one argmax.
 """
@@ -18,13 +19,14 @@ from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass, field
 
 import torch
+import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
 from serve.engine.sequence import Sequence
 from serve.output import IMPOSSIBLE_LOGPROB, TokenLogprob
 
-_ARGMAX_BLOCK = 128
-_TOP_P_CANDIDATES = 256  # a nucleus larger than this is looked for in the sorted vocabulary, which is slow
+_BLOCK = 128
+_CANDIDATES = (256, 4096)  # what top-k and top-p leave is looked for among so many best tokens, then all
 _MASK64 = (1 << 64) - 1
 _GOLDEN = 0x9E3779B97F4A7C15
 
@@ -123,14 +125,14 @@ def _argmax(logits: Tensor) -> Tensor:
     In two stages, because finding a maximum is vectorised and finding its place is not (15 times slower).
     """
     vocabulary = logits.shape[1]
-    blocks = vocabulary // _ARGMAX_BLOCK
+    blocks = vocabulary // _BLOCK
     if blocks < 2:
         return logits.argmax(-1)
-    whole = blocks * _ARGMAX_BLOCK
-    best = logits[:, :whole].view(-1, blocks, _ARGMAX_BLOCK).amax(-1)
+    whole = blocks * _BLOCK
+    best = logits[:, :whole].view(-1, blocks, _BLOCK).amax(-1)
     if whole < vocabulary:
         best = torch.cat((best, logits[:, whole:].amax(-1, keepdim=True)), dim=1)
-    columns = best.argmax(-1, keepdim=True) * _ARGMAX_BLOCK + torch.arange(_ARGMAX_BLOCK, device=logits.device)
+    columns = best.argmax(-1, keepdim=True) * _BLOCK + torch.arange(_BLOCK, device=logits.device)
     columns.clamp_(max=vocabulary - 1)
     place = logits.gather(1, columns).argmax(-1, keepdim=True)
     return columns.gather(1, place).squeeze(1)
@@ -141,40 +143,82 @@ def _draw(logits: Tensor, sequences: SequenceOf[Sequence]) -> Tensor:
     device = logits.device
     temperatures = torch.tensor([s.params.temperature for s in sequences], device=device, dtype=logits.dtype)
     logits /= temperatures[:, None]
-    vocabulary = logits.shape[1]
-    top_k = [row for row, s in enumerate(sequences) if 0 < s.params.top_k < vocabulary]
-    if top_k:
-        _keep_top_k(logits, top_k, [sequences[row].params.top_k for row in top_k])
-    top_p = [row for row, s in enumerate(sequences) if s.params.top_p < 1.0]
-    if top_p:
-        _keep_top_p(logits, top_p, [sequences[row].params.top_p for row in top_p])
-    cumulative = logits.double().softmax(-1).cumsum(-1)
-    draws = [uniform(s.seed, s.sample, s.position) for s in sequences]
-    targets = torch.tensor(draws, device=device, dtype=torch.float64)[:, None] * cumulative[:, -1:]
-    token_ids: Tensor = torch.searchsorted(cumulative, targets, right=True).squeeze(1)
-    return token_ids.clamp_(max=vocabulary - 1)
+    numbers = [uniform(s.seed, s.sample, s.position) for s in sequences]
+    draws = torch.tensor(numbers, device=device, dtype=torch.float64)[:, None]
+    top_k = torch.tensor([s.params.top_k or logits.shape[1] for s in sequences], device=device)[:, None]
+    top_p = torch.tensor([s.params.top_p for s in sequences], device=device, dtype=torch.float64)[:, None]
+    chosen = torch.empty(len(sequences), device=device, dtype=torch.long)
+    limited = [row for row, s in enumerate(sequences) if 0 < s.params.top_k < logits.shape[1] or s.params.top_p < 1.0]
+    left = [row for row in range(len(sequences)) if row not in set(limited)]
+    for candidates in _CANDIDATES:
+        rows = [row for row in limited if sequences[row].params.top_k <= candidates]
+        if rows:
+            # Only as many as needed: more candidates than a row's own top-k do not change its draw.
+            count = max(sequences[row].params.top_k or candidates for row in rows)
+            at = torch.tensor(rows, device=device)
+            chosen[at], enough = _draw_among_best(logits[at], draws[at], top_k[at], top_p[at], count)
+            done = {row for row, found in zip(rows, enough.tolist(), strict=True) if found}
+            limited = [row for row in limited if row not in done]
+    left += limited
+    if left:
+        at = torch.tensor(left, device=device)
+        chosen[at] = _draw_among_all(logits[at], draws[at], top_k[at], top_p[at])
+    return chosen
 
 
-def _keep_top_k(logits: Tensor, rows: list[int], limits: list[int]) -> None:
-    """Make all but the `limits[i]` best tokens of row `rows[i]` impossible; ties with the last one stay."""
-    at = torch.tensor(rows, device=logits.device)
-    best = logits[at].topk(max(limits), dim=-1).values
-    last = best.gather(1, torch.tensor(limits, device=logits.device)[:, None] - 1)
-    logits[at] = logits[at].masked_fill(logits[at] < last, -math.inf)
+def _draw_among_best(
+    logits: Tensor, draws: Tensor, top_k: Tensor, top_p: Tensor, candidates: int
+) -> tuple[Tensor, Tensor]:
+    """Draw where top-k or top-p leaves at most `candidates` tokens, without looking at all the others.
+
+    draws, top_k, top_p are [rows, 1]. Returns the tokens [rows], and whether each row's nucleus was among the
+    candidates at all [rows].
+    """
+    best, token_ids = logits.topk(min(candidates, logits.shape[1]), dim=-1)
+    best = best.double()
+    limited = top_k <= best.shape[1]
+    best.masked_fill_(torch.arange(best.shape[1], device=logits.device) >= top_k, -math.inf)
+    # top-p looks at the distribution that top-k has left.
+    total = best.logsumexp(-1, keepdim=True)
+    if not bool(limited.all()):
+        total = torch.where(limited, total, logits.logsumexp(-1, keepdim=True).double())
+    probabilities = (best - total).exp()
+    cumulative = probabilities.cumsum(-1)
+    kept = cumulative - probabilities < top_p  # the smallest set that reaches top_p; at least the best token
+    enough = limited | (cumulative[:, -1:] >= top_p)
+    token_ids, order = token_ids.sort(dim=-1)
+    weights = (probabilities * kept).gather(1, order)
+    return token_ids.gather(1, _invert(weights, draws)).squeeze(1), enough.squeeze(1)
 
 
-def _keep_top_p(logits: Tensor, rows: list[int], shares: list[float]) -> None:
-    """Keep the smallest set of best tokens whose probability reaches `shares[i]`; ties with the last one stay."""
-    at = torch.tensor(rows, device=logits.device)
-    probabilities = logits[at].double().softmax(-1)
-    share = torch.tensor(shares, device=logits.device, dtype=torch.float64)[:, None]
-    best = probabilities.topk(min(_TOP_P_CANDIDATES, logits.shape[1]), dim=-1).values
-    if bool((best.sum(-1, keepdim=True) < share).any()):
-        best = probabilities.sort(dim=-1, descending=True).values
-    before = best.cumsum(-1) - best  # probability of the tokens that are better
-    kept = (before < share).sum(-1, keepdim=True)  # at least the best one
-    last = best.gather(1, kept - 1)
-    logits[at] = logits[at].masked_fill(probabilities < last, -math.inf)
+def _draw_among_all(logits: Tensor, draws: Tensor, top_k: Tensor, top_p: Tensor) -> Tensor:
+    """Draw from the whole vocabulary: no limit, or one that leaves very many tokens."""
+    weights = logits.softmax(-1)
+    if bool(((top_k < logits.shape[1]) | (top_p < 1.0)).any()):  # sorting a vocabulary is slow
+        best = weights.sort(dim=-1, descending=True).values.double()
+        best *= torch.arange(best.shape[1], device=best.device) < top_k
+        cumulative = best.cumsum(-1)
+        kept = (cumulative - best < top_p * cumulative[:, -1:]) & (best > 0)
+        last = best.gather(1, kept.sum(-1, keepdim=True) - 1)
+        weights = torch.where(weights < last, 0.0, weights)
+    return _invert(weights, draws).squeeze(1)
+
+
+def _invert(weights: Tensor, draws: Tensor) -> Tensor:
+    """The column at which the running sum of `weights` [rows, columns] passes draw x total: [rows, 1].
+
+    First the block, then the column in it: only the blocks' sums and one block a row are added up in order.
+    """
+    padded = F.pad(weights, (0, -weights.shape[1] % _BLOCK)).view(weights.shape[0], -1, _BLOCK)
+    blocks = padded.sum(-1, dtype=torch.float64).cumsum(-1)
+    targets = draws * blocks[:, -1:]
+    block = torch.searchsorted(blocks, targets, right=True).clamp_(max=blocks.shape[1] - 1)
+    before = blocks.gather(1, (block - 1).clamp(min=0)).masked_fill(block == 0, 0.0)
+    inside = padded.gather(1, block[:, :, None].expand(-1, 1, _BLOCK)).squeeze(1).double().cumsum(-1)
+    # Added up in another order the block may come out a rounding smaller; the draw must stay inside it.
+    targets = (targets - before).clamp(min=0.0).minimum(inside[:, -1:] * (1 - 1e-12))
+    column: Tensor = torch.searchsorted(inside, targets, right=True).clamp_(max=_BLOCK - 1)
+    return block * _BLOCK + column
 
 
 def _logprobs(

@@ -49,7 +49,7 @@ class Call:
         raise TooLarge("no message within the size limit came")
 
     async def name(self, in_message: str = "") -> str:
-        """Settle the request's id and tell the client: from the metadata, else from the message, else a new one.
+        """Settle the request's id and tell the client: the metadata's, else the message's, else a new one.
 
         Raises:
             InvalidRequest: the message's id is not valid. (One in the metadata may be a proxy's and is passed over.)

@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from typing import Any
 
 from protos.flan.v1 import generation_pb2 as pb
-from serve.errors import DeadlineExceeded, EngineFailure, ServeError, Unavailable
+from serve.errors import EngineFailure, ServeError, TooLarge, Unavailable
 from serve.metrics import Protocol, Route
 from serve.output import Completion
 from serve.rpc import codec
@@ -52,7 +53,7 @@ class ManyRequests:
         if stopping.is_set():
             raise Unavailable("the server is stopping", retry_after_seconds=1.0)
 
-    async def _next(self, stop: asyncio.Future[bool]) -> bytes | None:
+    async def _next(self, stop: asyncio.Future[Any]) -> bytes | None:
         """The next message; None when the client has sent all, or the server stops."""
         message = asyncio.ensure_future(anext(self._call.messages, None))
         try:
@@ -64,7 +65,10 @@ class ManyRequests:
     async def _serve(self, raw: bytes) -> None:
         request_id, result = await self._result(raw)
         async with self._writing:
-            await self._call.write(codec.to_many_response(request_id, result))
+            try:
+                await self._call.write(codec.to_many_response(request_id, result))
+            except TooLarge as error:
+                await self._call.write(codec.to_many_response(request_id, error))
         self._places.release()
 
     async def _result(self, raw: bytes) -> tuple[str, Completion | ServeError]:
@@ -72,18 +76,11 @@ class ManyRequests:
         request_id = ""
         try:
             with self._service.metrics.track(Protocol.GRPC, Route.GENERATE_MANY) as tracker:
-                try:
-                    message = codec.parse(pb.GenerateRequest, raw)
-                    request_id = message.request_id
-                    request_id = check_request_id(request_id) if request_id else new_request_id()
-                    request = codec.to_request(
-                        message, request_id=request_id, timeout_seconds=self._call.timeout_seconds()
-                    )
-                    return request_id, await self._service.generate(request, tracker)
-                except asyncio.CancelledError:
-                    if self._call.deadline_passed():
-                        tracker.fail(DeadlineExceeded("the call's deadline passed"))
-                    raise
+                message = codec.parse(pb.GenerateRequest, raw)
+                request_id = message.request_id
+                request_id = check_request_id(request_id) if request_id else new_request_id()
+                request = codec.to_request(message, request_id=request_id, timeout_seconds=self._call.timeout_seconds())
+                return request_id, await self._service.generate(request, tracker)
         except ServeError as error:
             return request_id, error
         except Exception:

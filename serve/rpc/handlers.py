@@ -16,6 +16,7 @@ import grpc
 from protos.flan.v1 import generation_pb2 as pb
 from serve.errors import DeadlineExceeded, EngineFailure, InvalidRequest, ServeError
 from serve.metrics import Protocol, RequestTracker, Route
+from serve.request import GenerateRequest
 from serve.rpc import codec
 from serve.rpc.call import Call, Context
 from serve.rpc.generate_many import ManyRequests
@@ -96,20 +97,17 @@ class FlanHandlers:
 
         return handle
 
-    async def _generate(self, call: Call, tracker: RequestTracker) -> None:
+    async def _generate_request(self, call: Call, tracker: RequestTracker) -> GenerateRequest:
         message = await call.read(pb.GenerateRequest)
-        request = codec.to_request(
-            message, request_id=await call.name(message.request_id), timeout_seconds=call.timeout_seconds()
-        )
-        completion = await self._service.generate(request, tracker)
-        await call.write(codec.to_response(completion))
+        tracker.request_id = await call.name(message.request_id)
+        return codec.to_request(message, request_id=tracker.request_id, timeout_seconds=call.timeout_seconds())
+
+    async def _generate(self, call: Call, tracker: RequestTracker) -> None:
+        request = await self._generate_request(call, tracker)
+        await call.write(codec.to_response(await self._service.generate(request, tracker)))
 
     async def _generate_stream(self, call: Call, tracker: RequestTracker) -> None:
-        message = await call.read(pb.GenerateRequest)
-        request = codec.to_request(
-            message, request_id=await call.name(message.request_id), timeout_seconds=call.timeout_seconds()
-        )
-        stream = await self._service.open(request, tracker)
+        stream = await self._service.open(await self._generate_request(call, tracker), tracker)
         try:
             async for delta in stream:
                 await call.write(codec.to_delta(delta))
@@ -123,14 +121,13 @@ class FlanHandlers:
 
     async def _score(self, call: Call, tracker: RequestTracker) -> None:
         message = await call.read(pb.ScoreRequest)
-        request = codec.to_score_request(
-            message, request_id=await call.name(message.request_id), timeout_seconds=call.timeout_seconds()
-        )
+        tracker.request_id = await call.name(message.request_id)
+        request = codec.to_score_request(message, request_id=tracker.request_id, timeout_seconds=call.timeout_seconds())
         await call.write(codec.to_score_response(await self._service.score(request, tracker)))
 
     async def _tokenize(self, call: Call, tracker: RequestTracker) -> None:
         message = await call.read(pb.TokenizeRequest)
-        await call.name()
+        tracker.request_id = await call.name()
         if not message.HasField("text"):
             raise InvalidRequest("text is required", field="text")
         tokenization = await self._service.tokenize(

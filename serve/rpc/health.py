@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import Callable
+from typing import Any, TypeAlias
 
 import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
@@ -11,8 +13,8 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 SERVICE_NAMES = ("", "flan.v1.FlanService")
 WATCH_INTERVAL_SECONDS = 0.1  # how late a watcher may learn of a change
 
-_Status = health_pb2.HealthCheckResponse.ServingStatus
-_Context = grpc.aio.ServicerContext[health_pb2.HealthCheckRequest, health_pb2.HealthCheckResponse]
+_Response: TypeAlias = health_pb2.HealthCheckResponse
+_Context = grpc.aio.ServicerContext[health_pb2.HealthCheckRequest, _Response]
 
 
 class HealthServicer(health_pb2_grpc.HealthServicer):  # type: ignore[misc]  # grpc_health has no types
@@ -27,34 +29,33 @@ class HealthServicer(health_pb2_grpc.HealthServicer):  # type: ignore[misc]  # g
         self._readiness = readiness
         self._stopping = stopping
 
-    async def Check(self, request: health_pb2.HealthCheckRequest, context: _Context) -> health_pb2.HealthCheckResponse:
+    async def Check(self, request: health_pb2.HealthCheckRequest, context: _Context) -> _Response:  # noqa: N802
         if request.service not in SERVICE_NAMES:
             await context.abort(grpc.StatusCode.NOT_FOUND, "unknown service")
-        return health_pb2.HealthCheckResponse(status=self._status(request.service))
+        return _Response(status=self._status(request.service))
 
-    async def List(self, request: health_pb2.HealthListRequest, context: _Context) -> health_pb2.HealthListResponse:
-        statuses = {name: health_pb2.HealthCheckResponse(status=self._status(name)) for name in SERVICE_NAMES}
+    async def List(self, request: health_pb2.HealthListRequest, context: _Context) -> health_pb2.HealthListResponse:  # noqa: N802
+        statuses = {name: _Response(status=self._status(name)) for name in SERVICE_NAMES}
         return health_pb2.HealthListResponse(statuses=statuses)
 
-    async def Watch(self, request: health_pb2.HealthCheckRequest, context: _Context) -> None:
+    async def Watch(self, request: health_pb2.HealthCheckRequest, context: _Context) -> None:  # noqa: N802
         """Write the status now and at every change, until the watcher leaves or the server stops."""
         told = None
         while True:
             stopping = self._stopping.is_set()
             status = self._status(request.service)
             if status != told:
-                await context.write(health_pb2.HealthCheckResponse(status=status))
+                await context.write(_Response(status=status))
                 told = status
             if stopping:
                 return
-            try:
+            with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._stopping.wait(), WATCH_INTERVAL_SECONDS)
-            except TimeoutError:
-                continue
 
-    def _status(self, service: str) -> _Status:
+    def _status(self, service: str) -> Any:
+        """A HealthCheckResponse.ServingStatus."""
         if service not in SERVICE_NAMES:
-            return _Status.SERVICE_UNKNOWN
+            return _Response.SERVICE_UNKNOWN
         if self._stopping.is_set() or self._readiness() is not None:
-            return _Status.NOT_SERVING
-        return _Status.SERVING
+            return _Response.NOT_SERVING
+        return _Response.SERVING

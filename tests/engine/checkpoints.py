@@ -47,7 +47,6 @@ def make_t5_checkpoint(
     seed: int = 0,
     dims: dict[str, int] | None = None,
     shard_tensors: int | None = None,
-    eos_bias: float = 0.0,
     **config: Any,
 ) -> Path:
     """Write config.json, generation_config.json and model.safetensors into `folder`; no tokenizer files.
@@ -56,7 +55,6 @@ def make_t5_checkpoint(
         kind: "t5" has a tied, scaled head and ReLU; the others their own head and gated GELU.
         dims: over SMALL; for a real model's shapes pass FLAN_T5_SMALL and vocab_size=32128.
         shard_tensors: tensors a shard, for a sharded checkpoint with its index.
-        eos_bias: > 0 turns the head's EOS row towards the common direction of decoder states: outputs end sooner.
         config: further keys of config.json.
     """
     folder.mkdir(parents=True, exist_ok=True)
@@ -66,11 +64,11 @@ def make_t5_checkpoint(
     (folder / "config.json").write_text(json.dumps(raw, indent=1), encoding="utf-8")
     generation = {"decoder_start_token_id": 0, "eos_token_id": 1, "pad_token_id": 0}
     (folder / "generation_config.json").write_text(json.dumps(generation), encoding="utf-8")
-    write_tensors(folder, random_tensors(folder, seed=seed, eos_bias=eos_bias), shard_tensors=shard_tensors)
+    write_tensors(folder, random_tensors(folder, seed=seed), shard_tensors=shard_tensors)
     return folder
 
 
-def random_tensors(folder: Path, *, seed: int = 0, eos_bias: float = 0.0) -> dict[str, torch.Tensor]:
+def random_tensors(folder: Path, *, seed: int = 0) -> dict[str, torch.Tensor]:
     """The tensors that fit the folder's config.json; the untied kinds have their `lm_head.weight`."""
     config = ModelConfig.from_folder(folder)
     generator = torch.Generator().manual_seed(seed)
@@ -79,8 +77,7 @@ def random_tensors(folder: Path, *, seed: int = 0, eos_bias: float = 0.0) -> dic
         values = torch.randn(shape, generator=generator)
         tensors[name] = 1.0 + 0.1 * values if name.endswith("norm.weight") else values * _std(name, config)
     if json.loads((folder / "config.json").read_text()).get("tie_word_embeddings") is False:
-        head = torch.randn(tensors["shared.weight"].shape, generator=generator) * 0.3
-        head[config.eos_token_id] += eos_bias * tensors["decoder.final_layer_norm.weight"] / config.d_model**0.5
+        head = torch.randn(tensors["shared.weight"].shape, generator=generator) * 2.4 / math.sqrt(config.d_model)
         tensors["lm_head.weight"] = head
     return tensors
 
@@ -106,8 +103,9 @@ def _std(name: str, config: ModelConfig) -> float:
     if name.endswith("relative_attention_bias.weight"):
         return 1.5
     if name.endswith((".q.weight", ".k.weight")):
-        return 0.03 * math.sqrt(512 / config.d_model)
+        return 0.02 * math.sqrt(512 / config.d_model)
     if name == "shared.weight":
         return 1.0
-    fan_in = {"o": config.inner, "wo": config.d_ff}.get(name.split(".")[-2], config.d_model)
-    return 1.0 / math.sqrt(fan_in)
+    if name.endswith((".o.weight", ".wo.weight")):  # what a layer adds to its input
+        return 0.5 / math.sqrt(config.inner if name.endswith(".o.weight") else config.d_ff)
+    return 1.0 / math.sqrt(config.d_model)

@@ -1,0 +1,62 @@
+"""From an error's kind to an HTTP status and an OpenAI error type: the only place that decides.
+
+Every refusal, on every route, has the body `{"error": {"message", "type", "param", "code"}}`. `code` is the kind, so
+that a client can tell a deadline from a full queue without reading the message; `param` is the field at fault.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from serve.errors import ServeError
+
+Headers = list[tuple[bytes, bytes]]
+
+# kind -> (status, type). The types are OpenAI's words where it has one.
+STATUSES: dict[str, tuple[int, str]] = {
+    "invalid": (400, "invalid_request_error"),
+    "unauthorized": (401, "authentication_error"),
+    "not_found": (404, "not_found_error"),
+    "method_not_allowed": (405, "invalid_request_error"),
+    "too_large": (413, "invalid_request_error"),
+    "queue_full": (429, "rate_limit_error"),
+    "cancelled": (499, "cancelled_error"),  # nobody is left to read it
+    "engine_failure": (500, "server_error"),
+    "error": (500, "server_error"),
+    "unavailable": (503, "service_unavailable_error"),
+    "deadline": (504, "timeout_error"),
+}
+_RETRY_STATUSES = (429, 503)
+_RETRY_SECONDS = 1.0  # where an error does not say when
+
+
+def to_status(error: ServeError) -> int:
+    return STATUSES[error.kind][0]
+
+
+def to_body(error: ServeError) -> dict[str, Any]:
+    """
+    >>> from serve.errors import InvalidRequest
+    >>> to_body(InvalidRequest("n must be at least 1", field="n"))["error"]["param"]
+    'n'
+    """
+    return {
+        "error": {
+            "message": error.message,
+            "type": STATUSES[error.kind][1],
+            "param": error.field,
+            "code": error.kind,
+        }
+    }
+
+
+def to_headers(error: ServeError) -> Headers:
+    """What a status obliges to: WWW-Authenticate, Retry-After (whole seconds, as the standard has it)."""
+    status = to_status(error)
+    if status == 401:
+        return [(b"www-authenticate", b"Bearer")]
+    if status in _RETRY_STATUSES:
+        seconds = _RETRY_SECONDS if error.retry_after_seconds is None else error.retry_after_seconds
+        return [(b"retry-after", b"%d" % max(1, math.ceil(seconds)))]
+    return []

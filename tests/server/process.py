@@ -1,0 +1,87 @@
+"""The real server as a child process, the way a user starts it."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+from types import TracebackType
+
+from tests.engine.checkpoints import make_t5_checkpoint
+from tests.service.toy_tokenizers import t5_like_spec
+
+_READY = re.compile(r"^ready rest=(\S+) grpc=(\S+) model=(\S+) runtime=(\S+)$")
+START_SECONDS = 60.0
+
+
+def make_checkpoint(folder: Path, *, seed: int = 0) -> Path:
+    """A small random T5 1.1 checkpoint with a T5-like tokenizer: 2 + 2 layers, 128 rows of vocabulary."""
+    make_t5_checkpoint(folder, "t5_v1_1", vocab_size=128, seed=seed)
+    (folder / "tokenizer.json").write_text(t5_like_spec(), encoding="utf-8")
+    return folder
+
+
+class ServerProcess:
+    """`python -m serve` on free ports; `with` waits for the ready line and ends it with SIGTERM.
+
+    `lines` is everything it printed so far (both streams), `rest_url` and `grpc_target` where it listens.
+    """
+
+    def __init__(self, *argv: str, env: dict[str, str] | None = None, wait: bool = True) -> None:
+        self._wait = wait
+        self.lines: list[str] = []
+        self.rest_url = self.grpc_target = self.model = ""
+        self._ready = threading.Event()
+        kept = {name: text for name, text in os.environ.items() if not name.startswith("FLAN_SERVE_")}
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "serve", "--port", "0", "--grpc-port", "0", *argv],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            env={**kept, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", **({} if env is None else env)},
+        )
+        self._reader = threading.Thread(target=self._read, daemon=True)
+        self._reader.start()
+
+    def _read(self) -> None:
+        assert self.process.stdout is not None
+        for line in self.process.stdout:
+            self.lines.append(line.rstrip("\n"))
+            found = _READY.match(self.lines[-1])
+            if found:
+                self.rest_url, self.grpc_target, self.model, _ = found.groups()
+                self._ready.set()
+        self._ready.set()
+
+    def __enter__(self) -> ServerProcess:
+        if self._wait:
+            assert self._ready.wait(START_SECONDS), f"not ready in time: {self.lines}"
+            assert self.rest_url, f"ended before it was ready: {self.lines}"
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        if self.process.poll() is None:
+            self.process.send_signal(signal.SIGTERM)
+            try:
+                self.process.wait(10)
+            except subprocess.TimeoutExpired:
+                self.process.kill()
+                self.process.wait()
+        self._reader.join(5)
+        assert self.process.stdout is not None
+        self.process.stdout.close()
+
+    def signal(self, number: int) -> None:
+        self.process.send_signal(number)
+
+    def exit_code(self, seconds: float) -> tuple[int, float]:
+        """Wait for the end: (exit code, seconds it took)."""
+        began = time.monotonic()
+        return self.process.wait(seconds), time.monotonic() - began
