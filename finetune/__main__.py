@@ -42,7 +42,7 @@ def _add_train(parser: Parser) -> None:
 
 
 def _train(arguments: argparse.Namespace) -> int:
-    from finetune.config import load_config
+    from finetune.config_file import load_config
 
     config = load_config(
         arguments.config,

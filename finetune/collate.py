@@ -74,7 +74,9 @@ def collate(rows: Sequence[PackedRow], input_length: int, target_length: int) ->
             targets[3, index, written:stop] = torch.arange(len(target))
             written = stop
     return PackedBatch(
-        *inputs.unbind(),
+        encoder_input_tokens=inputs[0],
+        encoder_segment_ids=inputs[1],
+        encoder_positions=inputs[2],
         decoder_target_tokens=targets[0],
         decoder_input_tokens=targets[1],
         decoder_segment_ids=targets[2],

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import platform
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 from typing import Any
 
 from finetune.config import TrainConfig, to_dict
@@ -25,7 +26,7 @@ def flan_json(
         "prompt_format_version": PROMPT_FORMAT_VERSION,
         "step": step,
         "total_steps": config.total_steps,
-        "recipe": to_dict(config),
+        "recipe": portable(to_dict(config)),
         "max_input_tokens": max(phase.input_length for phase in config.phases),
         "max_output_tokens": max(phase.target_length for phase in config.phases),
         "seeds": {"seed": config.seed},
@@ -35,6 +36,20 @@ def flan_json(
         "packages": {"python": platform.python_version(), **_versions()},
         "scores": {},
     }
+
+
+def portable(recipe: dict[str, Any]) -> dict[str, Any]:
+    """A recipe without the folders of the machine it ran on: their last parts only.
+
+    >>> portable({"output": "/home/me/runs/a", "data": ["/data/train"], "tokenizer": None, "seed": 1})
+    {'output': 'a', 'data': ['train'], 'tokenizer': None, 'seed': 1}
+    """
+    short = dict(recipe)
+    for key in ("output", "init", "tokenizer"):
+        if short.get(key) is not None:
+            short[key] = Path(short[key]).name
+    short["data"] = [Path(folder).name for folder in short["data"]]
+    return short
 
 
 def model_card(config: TrainConfig, model: T5, flan: dict[str, Any]) -> str:

@@ -18,6 +18,7 @@ from typing import Any, Protocol
 
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
+from finetune.collate import PAD_ID
 from finetune.config import PhaseConfig
 from finetune.denoising import corrupt
 from finetune.example import TextExample, TokenExample
@@ -26,6 +27,7 @@ from finetune.packing import Overlong, fit_lengths
 NUM_SENTINELS = 100
 DEMO_TOKENIZER = Path(__file__).parent / "configs" / "tokenizer"  # made by `flan-finetune tokenizer`
 PAD, EOS, UNKNOWN = "<pad>", "</s>", "<unk>"
+UNKNOWN_ID = 2
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "spiece.model")
 _LETTERS = "abcdefghijklmnopqrstuvwxyz"
 _PUNCTUATION = "!\"#$%&'()*+,-./:;=?@[]_|"  # printable ASCII that T5's vocabulary has
@@ -136,8 +138,9 @@ class TokenStream:
         return None if fitted is None else TokenExample(fitted[0], fitted[1], text.task, fitted[2])
 
     def _ids(self, text: str) -> list[int]:
+        """Ids of a text. A literal "</s>" in it matches the model's own entry of that name; it becomes unknown."""
         ids: list[int] = self.tokenizer.encode(text, add_special_tokens=False).ids
-        return ids
+        return [UNKNOWN_ID if token in (PAD_ID, self.eos_id) else token for token in ids]
 
 
 def _eos_id(tokenizer: Tokenizer) -> int:
@@ -150,7 +153,8 @@ def _eos_id(tokenizer: Tokenizer) -> int:
 def train_tokenizer(texts: Iterable[str], num_pieces: int = 8000) -> Tokenizer:
     """A T5-style unigram tokenizer of `num_pieces` pieces plus the sentinels, from `texts`.
 
-    Characters outside ALPHABET are left out of the training texts: each would otherwise cost a piece.
+    Characters outside ALPHABET are left out of the training texts: each would otherwise cost a piece. The trainer adds
+    up in parallel, so two runs agree in their pieces but for a few of the rarest, and in scores but for rounding.
     """
     tokenizer = Tokenizer(models.Unigram())
     tokenizer.normalizer = _normalizer()
@@ -231,7 +235,7 @@ def _finish(tokenizer: Tokenizer, num_pieces: int) -> Tokenizer:
     chosen = {*[piece for piece in ranked if piece not in needed][: num_pieces - 3 - len(needed)], *needed}
     pieces = [(piece, scores[piece]) for piece in ranked if piece in chosen]
     vocabulary = [(PAD, 0.0), (EOS, 0.0), (UNKNOWN, 0.0), *pieces]
-    finished = Tokenizer(models.Unigram(vocabulary, unk_id=2, byte_fallback=False))
+    finished = Tokenizer(models.Unigram(vocabulary, unk_id=UNKNOWN_ID, byte_fallback=False))
     finished.normalizer = _normalizer()
     finished.pre_tokenizer = pre_tokenizers.Metaspace(replacement=_METASPACE, prepend_scheme="always", split=True)
     finished.decoder = decoders.Metaspace(replacement=_METASPACE, prepend_scheme="always", split=True)

@@ -37,8 +37,9 @@ from finetune.loss import LossGuard, sum_loss
 from finetune.model import T5, initialize
 from finetune.model_card import flan_json, model_card
 from finetune.optim import Adafactor, Optimizer, build_optimizer, learning_rate
-from finetune.packing import PackedRow, Packer, PackingStats
+from finetune.packing import Packer
 from finetune.progress import Progress
+from finetune.rows import RowStream
 from finetune.tokenization import TextSource, TokenStream, load_tokenizer
 
 SourceFactory = Callable[[str, tuple[str, ...], int], TextSource]
@@ -107,7 +108,7 @@ def train(config: TrainConfig, *, resume: bool = False, source: SourceFactory | 
                     stopping = is_stopped()
                     if stopping or progress.is_checkpoint_due(run.step) or run.step == config.total_steps:
                         _save(run, index, rows, progress)
-                rows.record(run, phase)
+                _record(run, phase, rows)
             first = last
     return run.store.output
 
@@ -163,41 +164,6 @@ def micro_step(run: Run, batch: PackedBatch, num_targets: int) -> MicroStep:
     return MicroStep(gradients, *sums.tolist())
 
 
-class RowStream:
-    """Packed rows of a phase, endless; with its state, and the mixture's manifest."""
-
-    def __init__(self, stream: TokenStream, packer: Packer) -> None:
-        self.stream, self.packer = stream, packer
-        self.stats = PackingStats()
-
-    def __iter__(self) -> Iterator[PackedRow]:
-        return self
-
-    def __next__(self) -> PackedRow:
-        while True:
-            row = self.packer.add(next(self.stream))
-            if row is not None:
-                self.stats.see_row(row, self.packer)
-                return row
-
-    def state_dict(self) -> dict[str, Any]:
-        return {
-            "stream": self.stream.state_dict(),
-            "leftovers": self.packer.state_dict(),
-            "packing": dict(self.stats.counts),
-        }
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.stream.load_state_dict(state["stream"])
-        self.packer.load_state_dict(state["leftovers"])
-        self.stats.counts.update(state["packing"])
-
-    def record(self, run: Run, phase: PhaseConfig) -> None:
-        """Note what the phase has read so far, for flan.json."""
-        run.manifests[phase.name] = self.stream.source.manifest()
-        run.counts[phase.name] = dict(self.stream.counts) | dict(self.stats.counts)
-
-
 def _start(config: TrainConfig, resume: bool) -> Run:
     """Model, optimizer and tokenizer of a fresh run; refuses an output folder that holds another."""
     output = Path(config.output)
@@ -247,10 +213,16 @@ def _begin_phase(run: Run, index: int, source: SourceFactory, state: dict[str, A
     return rows
 
 
+def _record(run: Run, phase: PhaseConfig, rows: RowStream) -> None:
+    """Note what the phase has read so far, for flan.json."""
+    run.manifests[phase.name] = rows.stream.source.manifest()
+    run.counts[phase.name] = rows.counts()
+
+
 def _save(run: Run, phase_index: int, rows: RowStream, progress: Progress) -> None:
     """A finished checkpoint of this step: servable files and what a resume needs."""
     phase = run.config.phases[phase_index]
-    rows.record(run, phase)
+    _record(run, phase, rows)
     folder = run.store.begin(run.step)
     flan = flan_json(run.config, run.step, run.manifests, run.counts, progress.summary())
     write_model(

@@ -13,7 +13,16 @@ from dataclasses import dataclass, field, replace
 
 from serve import prompts
 from serve.errors import InvalidRequest
-from serve.request import Exemplar, GenerateRequest, Mode, PreparedPrompt, PreparedRequest, PreparedScore, ScoreRequest
+from serve.request import (
+    ChatMessage,
+    Exemplar,
+    GenerateRequest,
+    Mode,
+    PreparedPrompt,
+    PreparedRequest,
+    PreparedScore,
+    ScoreRequest,
+)
 from serve.sampling_params import MAX_SEQUENCES, SamplingDefaults, SamplingFields, SamplingParams, resolve
 from serve.tokenizer import Tokenizer, check_text
 
@@ -142,32 +151,38 @@ def _sampling(request: GenerateRequest, samples: int, context: PrepareContext) -
 
 
 def _ready_made_prompts(request: GenerateRequest, context: PrepareContext) -> tuple[PreparedPrompt, ...]:
-    """Prompts of the OpenAI and TGI routes: taken as they are, or a chat in its documented rendering."""
+    """Prompts of the OpenAI and TGI routes, taken as they are; or a chat."""
+    truncate = request.truncate_prompt_tokens
     if request.messages:
-        if not any(message.content.strip() for message in request.messages):
-            raise InvalidRequest("messages must hold some text", field="messages")
-        texts: Sequence[str | tuple[int, ...]] = (prompts.chat.render(request.messages),)
-        where = "messages"
-    else:
-        texts, where = request.prompts, "prompt"
-    if len(texts) > MAX_PROMPTS:
+        return (_chat_prompt(request.messages, truncate, context),)
+    if len(request.prompts) > MAX_PROMPTS:
         raise InvalidRequest(f"prompt takes at most {MAX_PROMPTS} prompts", field="prompt")
-    return tuple(_ready_made_prompt(text, where, request.truncate_prompt_tokens, context) for text in texts)
+    return tuple(_ready_made_prompt(prompt, truncate, context) for prompt in request.prompts)
 
 
-def _ready_made_prompt(
-    prompt: str | tuple[int, ...], where: str, truncate: int | None, context: PrepareContext
-) -> PreparedPrompt:
+def _chat_prompt(messages: Sequence[ChatMessage], truncate: int | None, context: PrepareContext) -> PreparedPrompt:
+    """A chat in the checkpoint's own form if it has one, else in the documented Flan rendering."""
+    if not any(message.content.strip() for message in messages):
+        raise InvalidRequest("messages must hold some text", field="messages")
+    if context.tokenizer.chat_template is None:
+        prompt = _tokenize(prompts.chat.render(messages), "messages", context, truncate)
+    else:
+        text, ids = context.tokenizer.encode_chat(messages)
+        ids = _end_in_eos(ids, context.tokenizer) if context.is_encoder_decoder else ids
+        prompt = _cut(ids, text, "messages", context, truncate)
+    return _checked(prompt, "messages", context)
+
+
+def _ready_made_prompt(prompt: str | tuple[int, ...], truncate: int | None, context: PrepareContext) -> PreparedPrompt:
     if isinstance(prompt, str):
-        _check_not_blank(where, prompt)
-        return _checked(_tokenize(prompt, where, context, truncate), where, context)
+        _check_not_blank("prompt", prompt)
+        return _checked(_tokenize(prompt, "prompt", context, truncate), "prompt", context)
+    last = context.tokenizer.size - 1
     for token_id in prompt:
-        if not 0 <= token_id < context.tokenizer.size:
-            raise InvalidRequest(
-                f"{where} has token id {token_id}; ids are 0 to {context.tokenizer.size - 1}", field=where
-            )
+        if not 0 <= token_id <= last:
+            raise InvalidRequest(f"prompt has token id {token_id}; ids are 0 to {last}", field="prompt")
     ids = _end_in_eos(prompt, context.tokenizer) if context.is_encoder_decoder else prompt
-    return _checked(_cut(ids, None, where, context, truncate), where, context)
+    return _checked(_cut(ids, None, "prompt", context, truncate), "prompt", context)
 
 
 def _check_prompt_fields(request: GenerateRequest | ScoreRequest) -> None:

@@ -92,8 +92,7 @@ class ResponseStream:
         if self._is_over:
             self._raise_end()
         try:
-            async with asyncio.timeout(None) as self._wait:
-                return await self._next()
+            return await self._interruptible()
         except TimeoutError as error:
             self._end(EngineFailure("internal error"))  # no effect where `_end` has set the alarm off
             self._raise_end(error)
@@ -107,8 +106,6 @@ class ResponseStream:
             _log.exception("request %s failed", self.request_id)
             self._end(EngineFailure("internal error"))
             self._raise_end(error)
-        finally:
-            self._wait = None
 
     @property
     def completion(self) -> Completion:
@@ -128,6 +125,14 @@ class ResponseStream:
     def interrupt(self, error: ServeError) -> None:
         """End the stream with `error` (the engine died, the server exits)."""
         self._end(error)
+
+    async def _interruptible(self) -> TextDelta:
+        """`_next`, with an alarm that `_end` sets off."""
+        try:
+            async with asyncio.timeout(None) as self._wait:
+                return await self._next()
+        finally:
+            self._wait = None
 
     async def _next(self) -> TextDelta:
         if self._tokens is None or not self._ticket.has_begun:

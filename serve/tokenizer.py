@@ -15,8 +15,10 @@ from typing import Any
 
 import tokenizers
 
+from serve.chat_template import ChatTemplate
 from serve.detokenizer import DecodeTable, IncrementalText
 from serve.errors import CheckpointError, InvalidRequest
+from serve.request import ChatMessage
 
 __all__ = ["IncrementalText", "Tokenizer", "check_text"]
 
@@ -44,6 +46,7 @@ class Tokenizer:
     Args:
         spec: the content of tokenizer.json.
         eos: text of the end-of-sequence token.
+        chat_template: the checkpoint's own form of a chat, if it has one.
 
     `size` counts the ids that the tokenizer has (the model may have more rows). `eos_id` and `unknown_id` are None
     where there is none. `table` has every token's bytes.
@@ -52,7 +55,7 @@ class Tokenizer:
         UnsupportedDecoder
     """
 
-    def __init__(self, spec: str, eos: str | None = _DEFAULT_EOS) -> None:
+    def __init__(self, spec: str, eos: str | None = _DEFAULT_EOS, chat_template: ChatTemplate | None = None) -> None:
         content: dict[str, Any] = json.loads(spec)
         whole = tokenizers.Tokenizer.from_str(spec)
         vocabulary: dict[str, int] = whole.get_vocab(with_added_tokens=True)
@@ -65,6 +68,9 @@ class Tokenizer:
         self.table = DecodeTable(pieces, content.get("decoder"), frozenset(hidden))
         self._encoder = _text_only(content, hidden)
         self._prefix, self._suffix = _template_ids(whole)
+        self.chat_template = chat_template
+        self._with_control = None if chat_template is None else whole
+        self._special_texts = frozenset(whole.id_to_token(token_id) for token_id in special)
 
     @classmethod
     def load(cls, folder: Path | str) -> Tokenizer:
@@ -81,7 +87,9 @@ class Tokenizer:
         else:
             raise CheckpointError(f"{path}: neither tokenizer.json nor spiece.model is there")
         try:
-            return cls(spec, _eos_text(path))
+            return cls(spec, _eos_text(path), ChatTemplate.load(path))
+        except CheckpointError:
+            raise
         except Exception as error:  # the library raises bare Exception for a damaged file
             raise CheckpointError(f"{path / 'tokenizer.json'}: cannot be read: {error}") from error
 
@@ -94,6 +102,22 @@ class Tokenizer:
         [encoding] = self._encoder.encode_batch_fast([text], add_special_tokens=False)
         ids: list[int] = encoding.ids
         return (*self._prefix, *ids, *self._suffix) if add_special_tokens else tuple(ids)
+
+    def encode_chat(self, messages: Sequence[ChatMessage]) -> tuple[str, tuple[int, ...]]:
+        """A chat in the checkpoint's own form, and its ids; special tokens of the template count, a message's do not.
+
+        Raises:
+            InvalidRequest: the template refuses the messages.
+        """
+        assert self.chat_template is not None
+        assert self._with_control is not None
+        segments = self.chat_template.segments(messages, self._special_texts)
+        ids: list[int] = []
+        for segment in segments:
+            tokenizer = self._with_control if segment.has_control else self._encoder
+            [encoding] = tokenizer.encode_batch_fast([segment.text], add_special_tokens=False)
+            ids += encoding.ids
+        return "".join(segment.text for segment in segments), tuple(ids)
 
     def count_unknown(self, token_ids: Sequence[int]) -> int:
         """How many of the ids stand for text that the vocabulary lacks."""

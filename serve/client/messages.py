@@ -80,7 +80,7 @@ def _set(message: Message, field: Any, value: Any) -> None:
 
 
 def to_json(message: Message) -> Json:
-    """The message as JSON has it: what has presence and is not set is left out."""
+    """The message as JSON has it: what has presence and is not set is left out. (No response has a map.)"""
     return {
         name: convert(getattr(message, name))
         for name, has_presence, convert in _plan(message.DESCRIPTOR)
@@ -121,14 +121,12 @@ def _enum_words(enum: EnumDescriptor) -> dict[str, int]:
     return {value.name.removeprefix(prefix).lower(): value.number for value in enum.values if value.number != 0}
 
 
-def to_error(error: Any) -> ServeError:
+def to_serve_error(error: Any) -> ServeError:
     """Our error for grpc's: by the server's details if there are any, else by the status code."""
     code, text = error.code(), error.details() or ""
     trailers = dict(error.trailing_metadata() or ())
     reason, field, retry_after_seconds = _details(trailers.get(_DETAILS_KEY, b""))
-    kind = ERRORS.get(reason)
-    if kind is None:
-        kind = _CODES.get(code, EngineFailure)
+    kind = ERRORS.get(reason, _CODES.get(code, EngineFailure))
     message = text if text else f"the call failed with {code.name}"
     return kind(message, field=field, retry_after_seconds=retry_after_seconds)
 

@@ -11,7 +11,7 @@ import httpx
 
 from serve.client.sse import EventDecoder, GenerationEvents
 from serve.client.transport import CONNECT_TIMEOUT_SECONDS, Server
-from serve.client.wire import Call, Json
+from serve.client.wire import Call, Json, to_error
 from serve.errors import (
     Cancelled,
     DeadlineExceeded,
@@ -69,7 +69,7 @@ class RestTransport:
             try:
                 if response.is_error:
                     response.read()
-                    raise to_error(response)
+                    raise to_serve_error(response)
                 decoder = EventDecoder()
                 for chunk in response.iter_bytes():
                     for data in decoder.feed(chunk):
@@ -111,7 +111,7 @@ class AsyncRestTransport:
             try:
                 if response.is_error:
                     await response.aread()
-                    raise to_error(response)
+                    raise to_serve_error(response)
                 decoder = EventDecoder()
                 async for chunk in response.aiter_bytes():
                     for data in decoder.feed(chunk):
@@ -191,22 +191,20 @@ def _dump(value: Any) -> bytes:
 
 def _to_result(call: Call, response: httpx.Response) -> Json:
     if response.is_error:
-        raise to_error(response)
+        raise to_serve_error(response)
     data: Json = response.json()
     return data["data"][0] if call.method == "model" else data
 
 
-def to_error(response: httpx.Response) -> ServeError:
+def to_serve_error(response: httpx.Response) -> ServeError:
     """Our error for a refusal."""
-    kind = _STATUSES.get(response.status_code, EngineFailure)
-    message, field = f"HTTP {response.status_code}", None
-    try:
-        error = response.json()["error"]
-        message, field = error["message"], error.get("param")
-    except (ValueError, KeyError, TypeError):
-        pass  # a proxy's page; the status says what happened
+    otherwise = _STATUSES.get(response.status_code, EngineFailure)
     retry_after = response.headers.get("retry-after", "")
-    return kind(message, field=field, retry_after_seconds=float(retry_after) if retry_after.isdecimal() else None)
+    seconds = float(retry_after) if retry_after.isdecimal() else None
+    try:
+        return to_error(response.json()["error"], otherwise, seconds)
+    except (ValueError, KeyError, TypeError, AttributeError):  # a proxy's page; the status says what happened
+        return otherwise(f"HTTP {response.status_code}", retry_after_seconds=seconds)
 
 
 def _transport_error(error: httpx.HTTPError) -> ServeError:

@@ -12,7 +12,7 @@ from google.protobuf.message import Message
 from grpc_health.v1 import health_pb2
 
 from protos.flan.v1 import generation_pb2 as pb
-from serve.client.messages import fill, to_error, to_json
+from serve.client.messages import fill, to_json, to_serve_error
 from serve.client.transport import CONNECT_TIMEOUT_SECONDS, Server
 from serve.client.wire import Call, Json
 from serve.errors import TooLarge
@@ -40,7 +40,7 @@ class RpcTransport:
         try:
             return to_json(method(request, call.remaining_seconds(), tuple(self._server.headers.items())))
         except grpc.RpcError as error:
-            raise to_error(error) from error
+            raise to_serve_error(error) from error
 
     def stream(self, call: Call) -> Generator[Json]:
         request = _to_request(_STREAM, call, self._server)
@@ -50,7 +50,7 @@ class RpcTransport:
             for event in events:
                 yield to_json(event)
         except grpc.RpcError as error:
-            raise to_error(error) from error
+            raise to_serve_error(error) from error
         finally:
             events.cancel()
 
@@ -91,7 +91,7 @@ class AsyncRpcTransport:
         try:
             return to_json(await method(request, timeout=call.remaining_seconds(), metadata=metadata))
         except grpc.RpcError as error:
-            raise to_error(error) from error
+            raise to_serve_error(error) from error
 
     async def stream(self, call: Call) -> AsyncGenerator[Json]:
         request = _to_request(_STREAM, call, self._server)
@@ -102,7 +102,7 @@ class AsyncRpcTransport:
             async for event in events:
                 yield to_json(event)
         except grpc.RpcError as error:
-            raise to_error(error) from error
+            raise to_serve_error(error) from error
         finally:
             events.cancel()
 

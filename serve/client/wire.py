@@ -62,6 +62,16 @@ ERRORS: Mapping[str, type[ServeError]] = {
 }
 
 
+def to_error(body: Json, otherwise: type[ServeError], retry_after_seconds: float | None = None) -> ServeError:
+    """The error that REST's `{"message", "param", "code"}` tells of.
+
+    Args:
+        otherwise: its class where `code` is none of our kinds: somebody between us and the server has answered.
+    """
+    kind = ERRORS.get(str(body.get("code")), otherwise)
+    return kind(str(body["message"]), field=body.get("param"), retry_after_seconds=retry_after_seconds)
+
+
 @dataclass(frozen=True, slots=True)
 class ModelInfo:
     """The served model and its limits, in tokens; `created` in seconds since 1970."""
@@ -103,13 +113,14 @@ def to_call(method: Method, timeout: float | None, fields: Mapping[str, Any]) ->
 
     Raises:
         TypeError: a field that the contract does not have (as Python does for an unknown keyword).
+        InvalidRequest: bytes where text belongs.
     """
     known = _KNOWN_FIELDS[method]
     for name in fields:
         if name not in known:
             close = get_close_matches(name, known, n=1)
             raise TypeError(f"unknown field {name!r}" + (f"; did you mean {close[0]!r}?" if close else ""))
-    body = {name: _plain(value) for name, value in fields.items() if value is not None}
+    body = {name: _plain(name, value) for name, value in fields.items() if value is not None}
     expires = None if timeout is None else time.monotonic() + timeout
     return Call(method, body, expires)
 
@@ -122,16 +133,18 @@ _KNOWN_FIELDS: Mapping[Method, frozenset[str]] = {
 }
 
 
-def _plain(value: Any) -> Any:
+def _plain(name: str, value: Any) -> Any:
     """The value as JSON has it: words for enums, objects for exemplars, lists for sequences."""
     if isinstance(value, Enum):
         return value.value
     if isinstance(value, Exemplar):
-        return {name: part for name, part in asdict(value).items() if part is not None}
+        return {part: text for part, text in asdict(value).items() if text is not None}
     if isinstance(value, Mapping):
-        return dict(value)
-    if isinstance(value, Iterable) and not isinstance(value, str | bytes):
-        return [_plain(item) for item in value]
+        return {key: _plain(name, item) for key, item in value.items() if item is not None}
+    if isinstance(value, bytes | bytearray):  # protobuf would take them, JSON would not
+        raise InvalidRequest(f"{name} must be text, not bytes", field=name)
+    if isinstance(value, Iterable) and not isinstance(value, str):
+        return [_plain(name, item) for item in value]
     return value
 
 

@@ -10,7 +10,8 @@ import torch
 import torch.nn.functional as F  # noqa: N812 - everybody's name for it
 from torch import Tensor
 
-_PACK_ROWS = 32  # the batch size oneDNN lays the weights out for; measured good from 1 to 1,024 rows
+_PACK_ROWS = 32  # the batch size oneDNN lays the weights out for; measured good from 1 to 64 rows
+_MAX_PACKED_ROWS, _ROW_STEP = 64, 8
 
 
 class Linear(Protocol):
@@ -30,16 +31,26 @@ class DenseLinear:
 
 
 class PackedLinear:
-    """float32 weights in oneDNN's blocked layout, packed once.
+    """float32 weights in oneDNN's blocked layout, packed once: for the few rows of a decode step.
 
-    The same float32 arithmetic as `F.linear`, 2-3 times faster for the 2 to 64 rows of a decode step and no slower
-    for an encode batch, so one copy of the weights serves both.
+    The same float32 arithmetic as `F.linear`, 2-3 times faster for 2 to 64 rows. oneDNN keeps about half a megabyte
+    of generated code for every number of rows it has seen, up to a thousand of them, so the numbers are few here: 1
+    to 8, then multiples of 8, and more than 64 rows go in pieces. That is also why encoders do not use it: theirs
+    are ragged, and from 100 rows on it is no faster.
     """
 
     def __init__(self, weight: Tensor) -> None:
         self._weight = torch.ops.mkldnn._reorder_linear_weight(weight, _PACK_ROWS)
 
     def __call__(self, x: Tensor) -> Tensor:
+        rows = x.shape[0]
+        if rows > _MAX_PACKED_ROWS:
+            return torch.cat([self(piece) for piece in torch.split(x, _MAX_PACKED_ROWS)])
+        if rows <= _ROW_STEP:
+            return self._product(x)
+        return self._product(F.pad(x, (0, 0, 0, -rows % _ROW_STEP)))[:rows]
+
+    def _product(self, x: Tensor) -> Tensor:
         out: Tensor = torch.ops.mkldnn._linear_pointwise(x, self._weight, None, "none", [], "")
         return out
 
@@ -55,15 +66,17 @@ class Float32Linear:
         return F.linear(x.float(), self._weight).clamp(limits.min, limits.max).to(x.dtype)
 
 
-def make_linear(weight: Tensor, *, device: torch.device, dtype: torch.dtype, keep_float32: bool = False) -> Linear:
+def make_linear(
+    weight: Tensor, *, device: torch.device, dtype: torch.dtype, few_rows: bool, keep_float32: bool = False
+) -> Linear:
     """The linear layer that suits the device and dtype. `weight` is [out, in] in any floating dtype.
 
-    `keep_float32` marks a layer that float16 cannot hold.
+    `few_rows` marks a layer of the decode step, `keep_float32` one that float16 cannot hold.
     """
     if dtype is torch.float16 and keep_float32:
         return Float32Linear(weight.to(device))
     weight = weight.to(device=device, dtype=dtype).contiguous()
-    if device.type == "cpu" and dtype is torch.float32 and torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
+    if few_rows and device.type == "cpu" and dtype is torch.float32 and torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
         return PackedLinear(weight)
     return DenseLinear(weight)
 

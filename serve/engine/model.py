@@ -86,7 +86,7 @@ class T5Model:
         self.vocab_limit = config.vocab_size if vocab_limit is None else min(vocab_limit, config.vocab_size)
         build = _Builder(checkpoint, device, dtype)
         self._embedding = build.tensor("shared.weight")
-        self._head = make_linear(checkpoint.head[: self.vocab_limit], device=device, dtype=dtype)
+        self._head = make_linear(checkpoint.head[: self.vocab_limit], device=device, dtype=dtype, few_rows=True)
         self._scale = config.d_model**-0.5 if checkpoint.tied and config.scale_decoder_outputs else 1.0
         self._encoder = [build.encoder_layer(block) for block in range(config.num_layers)]
         self._decoder = [build.decoder_layer(block) for block in range(config.num_decoder_layers)]
@@ -176,7 +176,11 @@ class _Builder:
     def linear(self, *names: str, keep_float32: bool = False) -> Linear:
         """One linear layer of the named matrices, outputs one after the other."""
         weight = torch.cat([self._checkpoint[f"{name}.weight"] for name in names])
-        return make_linear(weight, device=self._device, dtype=self._dtype, keep_float32=keep_float32)
+        # What runs over a prompt's tokens: the encoder, and the keys and values of cross-attention.
+        many_rows = names[0].startswith("encoder.") or names[0].endswith("EncDecAttention.k")
+        return make_linear(
+            weight, device=self._device, dtype=self._dtype, few_rows=not many_rows, keep_float32=keep_float32
+        )
 
     def bias(self, stack: str, *, causal: bool) -> RelativeBias:
         return RelativeBias(

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable
-from dataclasses import fields
+from dataclasses import fields, replace
 from typing import Any
 
 from serve.errors import InvalidRequest
@@ -13,10 +12,10 @@ from serve.request import Exemplar, GenerateRequest, Mode, ScoreRequest
 from serve.rest.fields import parse
 from serve.rest.json_text import Json, dump, dump_with
 from serve.rest.request_fields import GENERATE_FIELDS, SCORE_FIELDS, TOKENIZE_FIELDS
+from serve.rest.request_id import is_valid
 from serve.sampling_params import SamplingFields
 from serve.service import ModelCard
 
-REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
 _SAMPLING = tuple(field.name for field in fields(SamplingFields))
 
 
@@ -53,34 +52,33 @@ def to_response(completion: Completion) -> bytes:
     return dump_with(_whole(completion), "outputs", (_output(output) for output in completion.outputs))
 
 
-def to_frame(delta: TextDelta) -> Json | None:
-    """A stream's data frame; None where the delta has nothing to show."""
-    if not delta.text and not delta.logprobs and delta.finish_reason is None:
-        return None
-    frame: Json = {"index": delta.index, "text": delta.text}
-    if delta.logprobs:
-        frame["logprobs"] = to_logprobs(delta.logprobs)
-    if delta.finish_reason is not None:
-        frame["finish_reason"] = delta.finish_reason.value
-    if delta.stop_reason is not None:
-        frame["stop_reason"] = delta.stop_reason
-    return frame
+class NativeFrames:
+    """The data frames of a native stream."""
 
+    def take(self, delta: TextDelta) -> Json | None:
+        if not delta.text and not delta.logprobs and delta.finish_reason is None:
+            return None
+        frame: Json = {"index": delta.index, "text": delta.text}
+        if delta.logprobs:
+            frame["logprobs"] = to_logprobs(delta.logprobs)
+        if delta.finish_reason is not None:
+            frame["finish_reason"] = delta.finish_reason.value
+        if delta.stop_reason is not None:
+            frame["stop_reason"] = delta.stop_reason
+        return frame
 
-def to_final_frame(completion: Completion) -> Json:
-    """A stream's last frame: what the unary response has beside its outputs.
+    def last(self, completion: Completion) -> Json:
+        """What the whole response has beside its outputs.
 
-    In mode cot the outputs are there too, because only the whole text shows where a rationale ends and what the
-    answer is; and `rationale` is the one that led to the answer.
-    """
-    frame = _whole(completion)
-    if completion.mode == Mode.COT:
-        matching = [output.rationale for output in completion.outputs if output.answer == completion.answer]
-        frame["rationale"] = matching[0] if matching else None
-        frame["outputs"] = [_output(output) for output in completion.outputs]
-        for output in frame["outputs"]:
-            output.pop("logprobs", None)  # the deltas had them
-    return frame
+        In mode cot the outputs are there too, because only the whole text shows where a rationale ends and what the
+        answer is; and `rationale` is the one that led to the answer.
+        """
+        frame = _whole(completion)
+        if completion.mode == Mode.COT:
+            matching = [output.rationale for output in completion.outputs if output.answer == completion.answer]
+            frame["rationale"] = matching[0] if matching else None
+            frame["outputs"] = [_output(replace(output, logprobs=None)) for output in completion.outputs]
+        return frame
 
 
 def to_score_response(scores: Scores) -> bytes:
@@ -167,7 +165,7 @@ def _with_prompt_types(said: Json) -> dict[str, Any]:
             said[name] = tuple(said[name])
     if "exemplars" in said:
         said["exemplars"] = tuple(Exemplar(**exemplar) for exemplar in said["exemplars"])
-    if "request_id" in said and not REQUEST_ID.fullmatch(said["request_id"]):
+    if "request_id" in said and not is_valid(said["request_id"]):
         raise InvalidRequest("request_id must be 1 to 128 characters of A-Z a-z 0-9 . _ : -", field="request_id")
     return said
 

@@ -106,12 +106,10 @@ def _refuse_constant(word: str) -> NoReturn:
 def _check_depth(value: Any) -> None:
     level: list[Any] = [value]
     for _ in range(MAX_DEPTH):
-        inner: list[Any] = []
-        for item in level:
-            inner += [part for part in (item.values() if isinstance(item, dict) else item) if type(part) in (dict, list)]
-        if not inner:
+        parts = (part for item in level for part in (item.values() if isinstance(item, dict) else item))
+        level = [part for part in parts if isinstance(part, dict | list)]
+        if not level:
             return
-        level = inner
     raise _too_deep()
 
 

@@ -1,8 +1,9 @@
-"""uvicorn's HTTP protocol with what ASGI cannot say: a bound on the head, JSON for what is no HTTP, closing."""
+"""uvicorn's HTTP protocol with what ASGI cannot say: a bound on the head, JSON for what is no HTTP, closing,
+and no drop of a body behind an offer of HTTP/2."""
 
 from __future__ import annotations
 
-import secrets
+import re
 from functools import partial
 from typing import Any
 
@@ -11,23 +12,33 @@ from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 from serve.errors import InvalidRequest
 from serve.rest.errors import to_body, to_status
 from serve.rest.json_text import dump_ascii
+from serve.rest.request_id import new_request_id
 
 MAX_HEAD_BYTES = 65536  # of the request line and all headers; the parser itself has no bound
-CLOSE_AFTER_RESPONSE = "close_after_response"  # key in the scope's state: call it and the connection ends with the response
-
-
-def new_request_id() -> str:
-    return f"req-{secrets.token_hex(12)}"
+# Key in the scope's state of a function without arguments: after it was called the connection ends with the response.
+CLOSE_AFTER_RESPONSE = "close_after_response"
+_UPGRADE = re.compile(rb"\r\nupgrade:[^\r\n]*", re.IGNORECASE)
 
 
 class RestProtocol(HttpToolsProtocol):
     """One client connection."""
 
     _head_bytes = 0
+    _in_message = False
+
+    def data_received(self, data: bytes) -> None:
+        if not self._in_message:
+            data = _without_upgrade(data)
+        super().data_received(data)
 
     def on_message_begin(self) -> None:
         self._head_bytes = 0
+        self._in_message = True
         super().on_message_begin()
+
+    def on_message_complete(self) -> None:
+        self._in_message = False
+        super().on_message_complete()
 
     def on_url(self, url: bytes) -> None:
         self._count_head(len(url))
@@ -44,8 +55,9 @@ class RestProtocol(HttpToolsProtocol):
         state[CLOSE_AFTER_RESPONSE] = partial(setattr, self.cycle, "keep_alive", False)
 
     def send_400_response(self, msg: str) -> None:
-        """What the parser refuses gets our error body. The connection ends: nobody knows where a next request begins."""
-        if self.cycle is None or self.cycle.response_complete or not self.cycle.response_started:
+        """What the parser refuses gets our error body. Then the connection ends: where would a next request begin?"""
+        in_response = self.cycle is not None and self.cycle.response_started and not self.cycle.response_complete
+        if not in_response:
             error = InvalidRequest("this is no valid HTTP/1.1 request, or its head is too large")
             body = dump_ascii(to_body(error))
             head = [
@@ -62,3 +74,16 @@ class RestProtocol(HttpToolsProtocol):
         self._head_bytes += num_bytes
         if self._head_bytes > MAX_HEAD_BYTES:
             raise ValueError("the head is too large")  # the parser reports it as a parse error
+
+
+def _without_upgrade(data: bytes) -> bytes:
+    """The beginning of a request without its offer of another protocol.
+
+    Java's client offers HTTP/2 in every request. A server may pass over that, but the parser would take the body for
+    the other protocol and drop it.
+
+    >>> _without_upgrade(b"POST / HTTP/1.1\\r\\nUpgrade: h2c\\r\\nHost: x\\r\\n\\r\\nupgrade: body")
+    b'POST / HTTP/1.1\\r\\nHost: x\\r\\n\\r\\nupgrade: body'
+    """
+    head, end, rest = data.partition(b"\r\n\r\n")
+    return _UPGRADE.sub(b"", head) + end + rest if end and _UPGRADE.search(head) else data

@@ -14,9 +14,7 @@ EXEMPLAR_FIELDS: Table = {
 
 # What a request says about its prompt and about itself.
 PROMPT_FIELDS: Table = {
-    "mode": Field(
-        Word(tuple(mode.value for mode in Mode)), "How the prompt is rendered. Default: instruction."
-    ),
+    "mode": Field(Word(tuple(mode.value for mode in Mode)), "How the prompt is rendered. Default: instruction."),
     "instruction": Field(Text(), "The task in words (raw: the whole prompt). Not blank.", required=True),
     "input": Field(Text(), "The instance that the instruction applies to."),
     "options": Field(Texts(), "A closed list of answers, shown to the model in Flan's OPTIONS form."),

@@ -16,6 +16,7 @@ from serve.rpc.errors import abort
 
 REQUEST_ID_KEY = "x-request-id"
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
+_LEAD_SECONDS = 0.005
 _CLOCK_TOLERANCE_SECONDS = 0.05  # the client's own deadline ends a call a moment before ours does
 
 M = TypeVar("M", bound=Message)
@@ -87,13 +88,21 @@ class Call:
         await abort(self._context, error)
 
     def timeout_seconds(self) -> float | None:
-        """Seconds until the client's deadline; None = it has none."""
-        remaining: float | None = self._context.time_remaining()  # the stub says float
-        return remaining
+        """Seconds that the request has; None = it has no deadline.
+
+        A little less than until the client's deadline: at that moment the client hangs up, which would look like a
+        cancelled call.
+        """
+        remaining = self._remaining_seconds()
+        return None if remaining is None else remaining - min(_LEAD_SECONDS, remaining / 20)
 
     def deadline_passed(self) -> bool:
-        remaining = self.timeout_seconds()
+        remaining = self._remaining_seconds()
         return remaining is not None and remaining <= _CLOCK_TOLERANCE_SECONDS
+
+    def _remaining_seconds(self) -> float | None:
+        remaining: float | None = self._context.time_remaining()  # the stub says float
+        return remaining
 
 
 def check_request_id(text: str) -> str:

@@ -121,7 +121,10 @@ def to_response(completion: Completion) -> pb.GenerateResponse:
     )
 
 
-def to_delta(delta: TextDelta) -> pb.GenerateStreamResponse:
+def to_delta(delta: TextDelta) -> pb.GenerateStreamResponse | None:
+    """The stream's message; None where the delta has nothing to show."""
+    if not delta.text and not delta.logprobs and delta.finish_reason is None:
+        return None
     message = pb.Delta(
         index=delta.index,
         text=delta.text,

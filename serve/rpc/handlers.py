@@ -110,7 +110,9 @@ class FlanHandlers:
         stream = await self._service.open(await self._generate_request(call, tracker), tracker)
         try:
             async for delta in stream:
-                await call.write(codec.to_delta(delta))
+                message = codec.to_delta(delta)
+                if message is not None:
+                    await call.write(message)
             await call.write(codec.to_final(stream.completion))
         finally:
             await stream.aclose()

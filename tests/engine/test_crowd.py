@@ -11,6 +11,8 @@ from serve.engine.model import T5Model
 from serve.sampling_params import SamplingParams
 from tests.engine.driving import Results, Watching, assert_idle, drain, engine_of, run_alone, same_up_to_near_tie
 
+CANDIDATES = [(5, 1), (6, 7, 8, 1), tuple(range(20, 60)), (9, 1), (1,)]
+
 
 @dataclass
 class Guest:
@@ -62,6 +64,8 @@ def play(model: T5Model, guests: list[Guest], **settings: int) -> tuple[Results,
     engine.scheduler._preempt = counted  # type: ignore[method-assign]
     results = Results()
     for step in range(85):
+        if step % 9 == 3:
+            engine.add_score(f"score{step}", guests[step % len(guests)].prompt, CANDIDATES)
         for guest in guests:
             if guest.arrives == step:
                 engine.add(guest.request_id, [guest.prompt], guest.params)
@@ -94,6 +98,13 @@ def check_against_alone(model: T5Model, guests: list[Guest], results: Results) -
                 assert crowd.finish_reason == alone.finish_reason
                 for ours, theirs in zip(crowd.logprobs, alone.logprobs, strict=True):
                     assert ours.logprob == pytest.approx(theirs.logprob, abs=1e-3)
+    assert len(results.scores) == 10
+    for request_id, crowd_scores in results.scores.items():
+        engine = engine_of(model)
+        engine.add_score("alone", guests[int(request_id.removeprefix("score")) % len(guests)].prompt, CANDIDATES)
+        alone_scores = drain(engine).scores["alone"]
+        for (here, _), (there, _) in zip(crowd_scores.scores, alone_scores.scores, strict=True):
+            assert here == pytest.approx(there, abs=1e-3)
     return near_ties
 
 

@@ -53,18 +53,18 @@ class Paper:
         for prompt in plan.encode:
             self.row(prompt)[:] = prompt.token_ids
             prompt.encoded = True
-        for sequence in plan.decode:
-            self._decode(sequence)
-        for sequence in plan.decode:  # afterwards, as the engine does: removing one moves another's row
-            if finished(sequence):
-                self.scheduler.remove(sequence)
-        if plan.score is not None:
-            job = plan.score.job
+        job = None if plan.score is None else plan.score.job
+        if plan.score is not None and job is not None:
             assert job.prompt is not None
             assert tuple(self.row(job.prompt)) == job.prompt_ids
             job.logprobs += [0.0] * len(plan.score.candidates)
-            if job.done:
-                self.scheduler.remove(job)
+        for sequence in plan.decode:
+            self._decode(sequence)
+        # Only now may anybody leave, as in the engine: it moves other rows.
+        leaving: list[Sequence | ScoreJob] = [*plan.decode, *([] if job is None else [job])]
+        for item in leaving:
+            if finished(item):
+                self.scheduler.remove(item)
         self.check(plan)
         return plan
 

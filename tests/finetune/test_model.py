@@ -35,7 +35,7 @@ def loss_and_gradients(model: T5, *batches: Any) -> tuple[float, dict[str, Tenso
     for batch in batches:
         targets = batch.decoder_target_tokens[batch.decoder_loss_weights > 0]
         loss = F.cross_entropy(model(batch), targets, reduction="sum")
-        loss.backward()
+        torch.autograd.backward(loss)
         total += loss.item()
     return total, {name: item.grad.clone() for name, item in model.named_parameters() if item.grad is not None}
 

@@ -16,7 +16,7 @@ from finetune import trainer
 from finetune.checkpoints import load_tensors, read_json
 from finetune.config import PhaseConfig, TrainConfig
 from finetune.example import TextExample
-from finetune.loss import LossError
+from finetune.loss import LossError, LossGuard
 from finetune.packing import PackedRow
 from tests.finetune.tiny import EXAMPLES, SHAPE, WordStream, make_model, train_config, word_source
 
@@ -59,7 +59,7 @@ def straight(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return trainer.train(train_config(tmp_path_factory.mktemp("straight") / "run"), source=word_source)
 
 
-@pytest.mark.parametrize("num_draws", [1, 25, 40, 60, 80])
+@pytest.mark.parametrize("num_draws", [1, 25, 40, 60, 70])
 def test_resume_is_the_same_run(num_draws: int, straight: Path, tmp_path: Path) -> None:
     """Stopped in phase 1, at its end, or in phase 2; with dropout, denoising, and rows half packed."""
     config = train_config(tmp_path / "run")
@@ -119,18 +119,19 @@ def accumulate(rows: list[PackedRow], micro_rows: int) -> tuple[float, list[torc
     phase = PhaseConfig(
         "p", 1, "m", 1.0, dropout=0.0, input_length=20, target_length=14, rows_per_batch=8, micro_rows=micro_rows
     )
-    model, kept = make_model(SHAPE), []
+    model = make_model(SHAPE)
+    kept: list[torch.Tensor] = []
 
     class Keep:
         def step(self, rate: float) -> None:
-            kept.extend(parameter.grad for parameter in model.parameters())
+            kept.extend(parameter.grad for parameter in model.parameters() if parameter.grad is not None)
 
         def zero_grad(self) -> None:
             pass
 
     config = TrainConfig(phases=(phase,))
     run: Any = trainer.Run(config, model, Keep(), None, Path(), None, torch.device("cpu"), map)  # type: ignore[arg-type]
-    report = trainer.train_step(run, phase, 0, iter(rows), trainer.LossGuard(1))  # type: ignore[arg-type]
+    report = trainer.train_step(run, phase, 0, iter(rows), LossGuard(1))  # type: ignore[arg-type]
     return report.loss, kept
 
 

@@ -77,7 +77,13 @@ def word_source(mixture: str, data: tuple[str, ...], seed: int) -> WordStream:
 
 def train_config(output: Path, **changes: Any) -> TrainConfig:
     """Two short phases, with dropout, of a model that trains in a second."""
-    phase = {"learning_rate": 1e-2, "dropout": 0.1, "input_length": 24, "target_length": 12, "rows_per_batch": 4}
+    phase: dict[str, Any] = {
+        "learning_rate": 1e-2,
+        "dropout": 0.1,
+        "input_length": 24,
+        "target_length": 12,
+        "rows_per_batch": 4,
+    }
     phases = (
         PhaseConfig("denoise", 4, "first", objective="denoise", micro_rows=2, **phase),
         PhaseConfig("instructions", 6, "second", schedule="linear", warmup_steps=2, **phase),

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+import asyncio
+import time
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -79,3 +81,14 @@ async def served(
         await channel.close()
         await server.stop(0)
         await service.close()
+
+
+async def until(condition: Callable[[], bool], seconds: float = 5.0) -> None:
+    started = time.monotonic()
+    while not condition():
+        assert time.monotonic() - started < seconds
+        await asyncio.sleep(0.005)
+
+
+async def is_idle(s: Served) -> None:
+    await until(lambda: s.runtime.num_running == s.service.requests_running == s.service.requests_waiting == 0)

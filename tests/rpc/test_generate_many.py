@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator
+from typing import Any
 
 import grpc
 import pytest
@@ -11,9 +12,8 @@ import pytest
 from protos.flan.v1 import generation_pb2 as pb
 from serve.config import Settings
 from serve.service import ServiceSettings
-from tests.rpc.harness import served
+from tests.rpc.harness import is_idle, served, until
 from tests.rpc.statuses import refusal
-from tests.rpc.test_limits import is_idle, until
 from tests.service.scripted_runtime import ScriptedRuntime, scripted_service
 
 SMALL = Settings(grpc_port=0, max_running_sequences=4, max_queued_requests=8)
@@ -74,13 +74,13 @@ async def test_a_request_that_fails_leaves_the_others() -> None:
 
 async def test_bytes_that_are_no_message_are_one_failed_request() -> None:
     async with served("yes") as s:
-        method = s.channel.stream_stream("/flan.v1.FlanService/GenerateMany")
+        method: Any = s.channel.stream_stream("/flan.v1.FlanService/GenerateMany")
 
         async def raw() -> AsyncIterator[bytes]:
             yield b"\xff\xff"
             yield pb.GenerateRequest(instruction="x", request_id="good").SerializeToString()
 
-        results = [pb.GenerateManyResponse.FromString(item) async for item in method(raw())]  # type: ignore[arg-type,var-annotated]
+        results = [pb.GenerateManyResponse.FromString(item) async for item in method(raw())]
         assert sorted((r.request_id, r.error.kind) for r in results) == [("", "invalid"), ("good", "")]
 
 
@@ -101,7 +101,7 @@ async def test_no_more_is_read_than_is_worked_on() -> None:
         async def send() -> None:
             nonlocal sent
             for n in range(2000):
-                await call.write(pb.GenerateRequest(instruction="x" * 50_000, request_id=str(n)))
+                await call.write(pb.GenerateRequest(instruction="x" + " " * 50_000, request_id=str(n)))
                 sent += 1
 
         sending = asyncio.ensure_future(send())

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import random
-import time
-from collections.abc import Callable
+from collections.abc import Awaitable
 
 import grpc
 import pytest
 
 from protos.flan.v1 import generation_pb2 as pb
+from protos.flan.v1.generation_pb2_grpc import FlanServiceStub
 from serve.config import Settings
 from serve.service import ServiceSettings
-from tests.rpc.harness import Served, served
+from tests.rpc.harness import Served, is_idle, served, until
 from tests.rpc.statuses import refusal
 from tests.service.scripted_runtime import ScriptedRuntime, scripted_service
 
@@ -24,17 +24,6 @@ ENDLESS = pb.GenerateRequest(instruction="x", max_tokens=512)
 def slow() -> ScriptedRuntime:
     """Says one token for ever, a hundred a second."""
     return ScriptedRuntime([5], pace_seconds=0.01)
-
-
-async def until(condition: Callable[[], bool], seconds: float = 5.0) -> None:
-    started = time.monotonic()
-    while not condition():
-        assert time.monotonic() - started < seconds
-        await asyncio.sleep(0.005)
-
-
-async def is_idle(s: Served) -> None:
-    await until(lambda: s.runtime.num_running == s.service.requests_running == s.service.requests_waiting == 0)
 
 
 @pytest.mark.parametrize("method", ["Generate", "GenerateStream"])
@@ -53,7 +42,7 @@ async def test_cancelling_the_call_frees_its_slot(method: str) -> None:
 async def test_a_client_that_disconnects_frees_its_slot() -> None:
     async with served(runtime=slow()) as s:
         channel = grpc.aio.insecure_channel(s.address)
-        call = channel.unary_unary("/flan.v1.FlanService/Generate")(ENDLESS.SerializeToString())  # type: ignore[arg-type]
+        call = FlanServiceStub(channel).Generate(ENDLESS)
         await until(lambda: s.runtime.tokens_made > 3)
         await channel.close()
         await is_idle(s)
@@ -85,7 +74,9 @@ async def test_the_deadline_of_the_call_is_the_requests(method: str) -> None:
         await is_idle(s)
         assert s.runtime.tokens_made < 60
         assert s.outcomes() == {"deadline": 1}
-        assert s.runtime.requests[0].timeout_seconds == pytest.approx(0.2, abs=0.05)
+        timeout = s.runtime.requests[0].timeout_seconds
+        assert timeout is not None
+        assert 0 < timeout < 0.2
 
 
 async def collect(call: grpc.aio.UnaryStreamCall[pb.GenerateRequest, pb.GenerateStreamResponse]) -> list[str | None]:
@@ -122,10 +113,11 @@ async def test_clients_that_come_and_go_leave_nothing() -> None:
 
     async def visit(s: Served, number: int) -> None:
         if number % 3 == 0:
-            call = asyncio.ensure_future(collect(s.stub.GenerateStream(pb.GenerateRequest(instruction="x"))))
+            work: Awaitable[object] = collect(s.stub.GenerateStream(pb.GenerateRequest(instruction="x")))
         else:
             timeout = 0.01 if number % 3 == 1 else None
-            call = asyncio.ensure_future(s.stub.Generate(pb.GenerateRequest(instruction="x"), timeout=timeout))
+            work = s.stub.Generate(pb.GenerateRequest(instruction="x"), timeout=timeout)
+        call = asyncio.ensure_future(work)
         await asyncio.wait([call], timeout=randomness.random() * 0.05)
         call.cancel()
         await asyncio.gather(call, return_exceptions=True)
@@ -176,7 +168,7 @@ async def test_a_response_over_the_limit_says_so() -> None:
 async def test_a_slow_reader_holds_up_only_itself() -> None:
     runtime = ScriptedRuntime([5], tokens_per_delta=8)
     async with served(runtime=runtime) as s:
-        stalled = s.stub.GenerateStream(pb.GenerateRequest(instruction="x", max_tokens=512, logprobs=20, n=64))
+        stalled = s.stub.GenerateStream(pb.GenerateRequest(instruction="x", max_tokens=512, logprobs=20, n=32))
         await until(lambda: runtime.tokens_made > 0)
         response = await asyncio.wait_for(s.stub.Generate(pb.GenerateRequest(instruction="x", max_tokens=8)), 10)
         assert response.outputs[0].text

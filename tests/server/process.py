@@ -59,9 +59,9 @@ class ServerProcess:
         self._ready.set()
 
     def __enter__(self) -> ServerProcess:
-        if self._wait:
-            assert self._ready.wait(START_SECONDS), f"not ready in time: {self.lines}"
-            assert self.rest_url, f"ended before it was ready: {self.lines}"
+        if self._wait and not (self._ready.wait(START_SECONDS) and self.rest_url):
+            self.__exit__(None, None, None)
+            raise AssertionError("the server did not become ready:\n" + "\n".join(self.lines))
         return self
 
     def __exit__(

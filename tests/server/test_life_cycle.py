@@ -67,7 +67,8 @@ def test_a_stuck_request_does_not_hold_up_the_exit_beyond_the_grace(checkpoint_f
     with ServerProcess(*argv) as server:
         body = {"mode": "raw", "instruction": "the cat", "max_tokens": 200000, "ignore_eos": True, "stream": True}
         with httpx.stream("POST", server.rest_url + "/v1/generate", json=body, timeout=30) as response:
-            next(response.iter_bytes())  # and then never read again
+            pieces = response.iter_bytes()  # kept: httpx closes the response with its iterator
+            next(pieces)  # and then never read again
             server.signal(signal.SIGTERM)
             code, seconds = server.exit_code(10)
     assert code == 0
@@ -78,7 +79,8 @@ def test_a_second_signal_exits_now(checkpoint_folder: Path) -> None:
     with ServerProcess("--model", str(checkpoint_folder), "--max-output-tokens", "200000") as server:
         body = {"mode": "raw", "instruction": "the cat", "max_tokens": 200000, "ignore_eos": True, "stream": True}
         with httpx.stream("POST", server.rest_url + "/v1/generate", json=body, timeout=30) as response:
-            next(response.iter_bytes())
+            pieces = response.iter_bytes()
+            next(pieces)
             server.signal(signal.SIGTERM)
             time.sleep(0.3)
             server.signal(signal.SIGTERM)

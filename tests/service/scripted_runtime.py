@@ -156,20 +156,21 @@ class ScriptedStream:
         self._made = [0] * request.num_sequences
         self._ready: list[TokenDelta] = []
         self._step = 0
+        self._due: float | None = None  # when the step under way is over, also if its waiter is cancelled meanwhile
         self.unfinished = set(range(request.num_sequences))
 
     def __aiter__(self) -> ScriptedStream:
         return self
 
     async def started(self) -> None:
-        await self._runtime.step(self._runtime.start_seconds)
+        await self._pass(self._runtime.start_seconds)
 
     async def __anext__(self) -> TokenDelta:
         while not self._ready:
             if not self.unfinished:
                 self._runtime.open_streams.discard(self)
                 raise StopAsyncIteration
-            await self._runtime.step(self._runtime.pace_seconds)
+            await self._pass(self._runtime.pace_seconds)
             self._take_step()
         return self._ready.pop(0)
 
@@ -181,6 +182,13 @@ class ScriptedStream:
         self.unfinished.clear()
         self._ready.clear()
         self._runtime.open_streams.discard(self)
+
+    async def _pass(self, seconds: float) -> None:
+        now = asyncio.get_running_loop().time()
+        if self._due is None:
+            self._due = now + seconds
+        await self._runtime.step(max(0.0, self._due - now))
+        self._due = None
 
     def _take_step(self) -> None:
         runtime = self._runtime

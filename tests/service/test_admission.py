@@ -21,6 +21,10 @@ def joined(admission: Admission, num_sequences: int = 1) -> Ticket:
     return ticket
 
 
+def runs(ticket: Ticket) -> bool:
+    return ticket.is_running
+
+
 def assert_idle(admission: Admission) -> None:
     assert (admission.requests_running, admission.requests_waiting, admission.slots_used) == (0, 0, 0)
     assert admission._preparing == admission._running == len(admission._queue) == 0
@@ -36,11 +40,12 @@ async def test_loading_refuses_with_a_hint_when_to_try_again() -> None:
 async def test_what_fits_runs_at_once_the_rest_waits_in_order() -> None:
     admission = ready(slots=2, queue=3)
     first, second, third, fourth = (joined(admission) for _ in range(4))
-    assert [ticket.is_running for ticket in (first, second, third, fourth)] == [True, True, False, False]
+    assert [runs(ticket) for ticket in (first, second, third, fourth)] == [True, True, False, False]
     first.leave()
-    assert third.is_running and not fourth.is_running
+    assert runs(third)
+    assert not runs(fourth)
     second.leave()
-    assert fourth.is_running
+    assert runs(fourth)
     third.leave()
     fourth.leave()
     assert_idle(admission)
@@ -64,7 +69,7 @@ async def test_a_queue_of_none_still_serves_what_can_run() -> None:
     with pytest.raises(QueueFull):
         admission.enter()
     ticket.leave()
-    assert joined(admission).is_running
+    assert runs(joined(admission))
 
 
 async def test_requests_being_prepared_count_against_the_bound() -> None:
@@ -93,11 +98,12 @@ async def test_a_request_takes_its_sequences_but_never_more_than_there_are() -> 
     big = joined(admission, 64)
     assert (big.slots, admission.slots_used) == (4, 4)
     small = joined(admission, 1)
-    assert not small.is_running
+    assert not runs(small)
     big.shrink(10)
-    assert not small.is_running
+    assert not runs(small)
     big.shrink(3)
-    assert small.is_running and admission.slots_used == 4
+    assert runs(small)
+    assert admission.slots_used == 4
     big.leave()
     small.leave()
     assert_idle(admission)
@@ -107,11 +113,13 @@ async def test_the_queue_is_first_in_first_out_also_for_big_requests() -> None:
     admission = ready(slots=2)
     running = joined(admission, 1)
     big, small = joined(admission, 2), joined(admission, 1)
-    assert not big.is_running and not small.is_running  # a slot is free, but the big one is first
+    assert not runs(big)
+    assert not runs(small)
     running.leave()
-    assert big.is_running and not small.is_running
+    assert runs(big)
+    assert not runs(small)
     big.leave()
-    assert small.is_running
+    assert runs(small)
 
 
 async def test_the_next_runs_when_the_big_one_at_the_head_leaves() -> None:
@@ -119,7 +127,7 @@ async def test_the_next_runs_when_the_big_one_at_the_head_leaves() -> None:
     joined(admission, 1)
     big, small = joined(admission, 2), joined(admission, 1)
     big.leave()
-    assert small.is_running
+    assert runs(small)
 
 
 async def test_waiting_for_the_grant() -> None:
@@ -131,7 +139,7 @@ async def test_waiting_for_the_grant() -> None:
     assert not waiting.done()
     first.leave()
     await waiting
-    assert second.is_running
+    assert runs(second)
 
 
 async def test_cancelling_the_wait_keeps_the_place() -> None:
@@ -143,7 +151,8 @@ async def test_cancelling_the_wait_keeps_the_place() -> None:
     await asyncio.gather(waiting, return_exceptions=True)
     assert admission.requests_waiting == 3
     first.leave()
-    assert second.is_running and not third.is_running
+    assert runs(second)
+    assert not runs(third)
     await second.granted()
 
 
@@ -185,7 +194,7 @@ async def test_draining_refuses_new_and_queued_and_waits_for_the_running() -> No
         admission.enter()
     with pytest.raises(Unavailable):
         preparing.join(1)
-    assert running.is_running
+    assert runs(running)
     idle = asyncio.create_task(admission.wait_idle())
     await asyncio.sleep(0)
     assert not idle.done()
@@ -245,7 +254,7 @@ async def test_a_storm_of_random_tasks_leaves_nothing_behind_and_keeps_the_order
                 await asyncio.sleep(chance.random() * 0.005)
             wanted = chance.choice([1, 1, 1, 2, 4, 8, 30])
             ticket.join(wanted)
-            if not ticket.is_running:
+            if not runs(ticket):
                 order.append(number)
             async with asyncio.timeout(chance.choice([None, None, 0.001, 0.02])):
                 await ticket.granted()
@@ -267,7 +276,8 @@ async def test_a_storm_of_random_tasks_leaves_nothing_behind_and_keeps_the_order
     unexpected = [r for r in results if r is not None and not isinstance(r, TimeoutError | asyncio.CancelledError)]
     assert unexpected == []
     assert most <= 8
-    assert refused > 0 and len(granted) > 30
+    assert refused > 0
+    assert len(granted) > 30
     waited = set(order)
     assert [n for n in granted if n in waited] == [n for n in order if n in set(granted)]
     assert_idle(admission)

@@ -128,7 +128,8 @@ class TestTokens:
             {"prompts": ((5, 6, 7, 8, EOS),), "truncate_prompt_tokens": 3},
         ):
             ids = prepared(**fields).prompts[0].token_ids
-            assert ids[-1] == EOS and ids.count(EOS) == 1
+            assert ids[-1] == EOS
+            assert ids.count(EOS) == 1
 
     def test_truncation_keeps_the_last_tokens_and_counts_eos(self) -> None:
         [prompt] = prepared(prompts=((5, 6, 7, 8),), truncate_prompt_tokens=3).prompts
@@ -142,7 +143,8 @@ class TestTokens:
     def test_a_decoder_only_prompt_has_its_own_template_and_no_eos(self) -> None:
         context = PrepareContext(byte_fallback(), is_encoder_decoder=False)
         ids = prepared(context, mode=Mode.RAW, instruction="ab").prompts[0].token_ids
-        assert ids[0] == 1 and 2 not in ids
+        assert ids[0] == 1
+        assert 2 not in ids
         assert prepared(context, prompts=((5, 6),)).prompts[0].token_ids == (5, 6)
         assert refused_field(context=PrepareContext(byte_level(), is_encoder_decoder=False), prompts=((),)) == "prompt"
 
@@ -249,11 +251,13 @@ class TestExemplars:
     def test_the_query_is_never_its_own_exemplar(self) -> None:
         context = replace(CONTEXT, max_input_tokens=500)
         asked = prepared(context, mode=Mode.FEW_SHOT, input=" ＣＡＴ \n 2 ", exemplar_set="pets", num_exemplars=5)
-        assert asked.exemplars_used == 4 and "dog 2" not in str(asked.prompts[0].text)
+        assert asked.exemplars_used == 4
+        assert "dog 2" not in str(asked.prompts[0].text)
         assert asked.exemplars_dropped == 0
         # Of k from a larger set, k others are shown.
         asked = prepared(context, mode=Mode.FEW_SHOT, input="cat 0", exemplar_set="pets", num_exemplars=2)
-        assert asked.exemplars_used == 2 and "cat 2" in str(asked.prompts[0].text)
+        assert asked.exemplars_used == 2
+        assert "cat 2" in str(asked.prompts[0].text)
         # Without an input the instruction is the query.
         asked = prepared(context, mode=Mode.COT, instruction="Cat 1", exemplar_set="pets")
         assert asked.exemplars_used == 4
@@ -265,8 +269,10 @@ class TestExemplars:
         assert request.exemplars_used + request.exemplars_dropped == 5
         assert request.prompt_tokens <= 40
         text = str(request.prompts[0].text)
-        assert "cat 4" in text and "cat 0" not in text
-        assert text.startswith("yes or no?") and text.endswith("Q: hello\nA:")
+        assert "cat 4" in text
+        assert "cat 0" not in text
+        assert text.startswith("yes or no?")
+        assert text.endswith("Q: hello\nA:")
 
     def test_never_the_instruction_or_the_input(self) -> None:
         query = "yes " * 45
@@ -336,7 +342,7 @@ class TestScore:
 def test_all_text_of_a_request_counts_for_its_size() -> None:
     small = num_characters(GenerateRequest(instruction="a"), CONTEXT)
     big = "x" * 10_000
-    requests = [
+    requests: list[GenerateRequest | ScoreRequest] = [
         GenerateRequest(instruction=big),
         GenerateRequest(instruction="a", input=big),
         GenerateRequest(instruction="a", options=(big,)),

@@ -53,8 +53,10 @@ class TestEncode:
     @pytest.mark.parametrize("text", ["a</s> b", "<pad> x", "<extra_id_0> is", "<unk>", "x</s>", "<extra_id_99>"])
     def test_a_literal_special_token_is_text_for_t5(self, t5: Tokenizer, text: str) -> None:
         ids = t5.encode(text)
-        assert ids.count(1) == 1 and ids[-1] == 1
-        assert 0 not in ids and max(ids) < 32000
+        assert ids.count(1) == 1
+        assert ids[-1] == 1
+        assert 0 not in ids
+        assert max(ids) < 32000
         assert t5.encode(text.replace("<", "{"))[:3] == ids[:3]  # cut and extended nowhere
 
     @pytest.mark.parametrize("text", ["a<|end|>b", "<|end|>", "the<|end|>"])
@@ -84,7 +86,8 @@ class TestEncode:
         ids = t5.encode('Return {"a": 1} if x < 3')
         assert t5.count_unknown(ids) == 3
         shown = t5.decode(ids)
-        assert "⁇" not in shown and "<unk>" not in shown
+        assert "⁇" not in shown
+        assert "<unk>" not in shown
         assert t5.decode(ids, skip_special_tokens=False).count("<unk>") == 3
 
     @needs_t5
@@ -161,7 +164,7 @@ class TestDecode:
         ("make", "spec"), [(t5_like, t5_like_spec), (byte_level, byte_level_spec)], ids=["t5", "bytes"]
     )
     @given(data=st.data())
-    @settings(max_examples=300, deadline=None)
+    @settings(max_examples=150, deadline=None)
     def test_joined_pieces_are_the_full_decode(
         self, make: Callable[[], Tokenizer], spec: Callable[[], str], data: st.DataObject
     ) -> None:
@@ -222,7 +225,7 @@ def first_stop(text: str, stops: list[str], boundary: int) -> int | None:
 class TestStop:
     @pytest.mark.parametrize("make", [t5_like, byte_level], ids=["t5", "bytes"])
     @given(data=st.data())
-    @settings(max_examples=400, deadline=None)
+    @settings(max_examples=200, deadline=None)
     def test_random_stop_strings_cut_where_the_reference_does(
         self, make: Callable[[], Tokenizer], data: st.DataObject
     ) -> None:
@@ -239,7 +242,7 @@ class TestStop:
         assert (text.stop_reason is None) == (cut is None)
 
     @given(data=st.data())
-    @settings(max_examples=300, deadline=None)
+    @settings(max_examples=150, deadline=None)
     def test_text_is_held_only_while_it_may_become_a_stop_string(self, data: st.DataObject) -> None:
         tokenizer = t5_like()
         words = tokenizer.encode("the answer is a a", add_special_tokens=False)
@@ -300,10 +303,10 @@ class TestLoad:
         assert Tokenizer.load(tmp_path).encode("yes no yes no yes") == t5_like().encode("yes no yes no yes")
 
     def test_a_missing_or_damaged_file_is_named(self, tmp_path: Path) -> None:
-        with pytest.raises(CheckpointError, match="neither tokenizer.json nor spiece.model"):
+        with pytest.raises(CheckpointError, match=r"neither tokenizer\.json nor spiece\.model"):
             Tokenizer.load(tmp_path)
         (tmp_path / "tokenizer.json").write_text('{"model": 3}')
-        with pytest.raises(CheckpointError, match="tokenizer.json: cannot be read"):
+        with pytest.raises(CheckpointError, match=r"tokenizer\.json: cannot be read"):
             Tokenizer.load(tmp_path)
 
     @pytest.mark.slow

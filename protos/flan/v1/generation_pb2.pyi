@@ -707,7 +707,7 @@ class Delta(_message.Message):
     index: _builtins.int
     """The output's position in the request, from 0."""
     text: _builtins.str
-    """The new text; may be empty."""
+    """The new text; may be empty in the last delta, and where only log-probabilities are new."""
     finish_reason: Global___FinishReason.ValueType
     """Set on the last delta of an index: why it ended."""
     stop_reason: _builtins.str

@@ -1,0 +1,131 @@
+"""What holds on every route, outermost first: RequestIds, Cors, Keys.
+
+Plain ASGI, so that a handler hears of its client's leaving.
+"""
+
+from __future__ import annotations
+
+import hmac
+import logging
+from collections.abc import Iterable, Mapping
+
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from serve.errors import EngineFailure, Unauthorized
+from serve.metrics import Metrics, Protocol, Route
+from serve.rest import errors
+from serve.rest.request_id import HEADER, RequestId
+from serve.rest.respond import refuse
+
+logger = logging.getLogger(__name__)
+
+OPEN_PATHS = frozenset({"/livez", "/readyz", "/health", "/metrics"})
+_EXPOSED_HEADERS = f"{HEADER}, retry-after"
+_CORS_MAX_AGE_SECONDS = 600
+
+
+class RequestIds:
+    """Names every response, and answers 500 where nobody else caught an error."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        request_id = RequestId.of(scope)
+        has_begun = False
+
+        async def send_named(message: Message) -> None:
+            nonlocal has_begun
+            if message["type"] == "http.response.start":
+                has_begun = True
+                message["headers"] = [*message.get("headers", ()), (HEADER.encode(), request_id.value.encode())]
+                if message["status"] >= 400 and "expect" in Headers(scope=scope):
+                    # The client may or may not send the body it asked leave for, so what comes next is anybody's guess.
+                    message["headers"].append((b"connection", b"close"))
+            await send(message)
+
+        try:
+            await self._app(scope, receive, send_named)
+        except Exception:
+            logger.exception("a REST request failed")
+            if has_begun:
+                raise
+            await refuse(send_named, EngineFailure("internal error"))
+
+
+class Cors:
+    """Lets pages of the given origins call the server: answers their preflights, and marks every response, refusals
+    too, or the browser would hide why it was refused. Others' requests pass unmarked. Never with cookies."""
+
+    def __init__(self, app: ASGIApp, origins: Iterable[str]) -> None:
+        self._app = app
+        self._origins = frozenset(origins)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        headers = Headers(scope=scope) if scope["type"] == "http" else Headers()
+        origin = headers.get("origin")
+        if origin is None or not ("*" in self._origins or origin in self._origins):
+            await self._app(scope, receive, send)
+            return
+        shown = "*" if "*" in self._origins else origin
+
+        async def send_marked(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                marked = MutableHeaders(scope=message)
+                marked["access-control-allow-origin"] = shown
+                marked["access-control-expose-headers"] = _EXPOSED_HEADERS
+                marked.add_vary_header("origin")
+            await send(message)
+
+        if scope["method"] == "OPTIONS" and "access-control-request-method" in headers:
+            await self._answer_preflight(headers, send_marked)
+        else:
+            await self._app(scope, receive, send_marked)
+
+    async def _answer_preflight(self, headers: Headers, send: Send) -> None:
+        allowed: errors.Headers = [
+            (b"access-control-allow-methods", b"GET, POST"),
+            (b"access-control-max-age", b"%d" % _CORS_MAX_AGE_SECONDS),
+        ]
+        asked = headers.get("access-control-request-headers")
+        if asked is not None:
+            allowed.append((b"access-control-allow-headers", asked.encode("latin-1")))
+        await send({"type": "http.response.start", "status": 204, "headers": allowed})
+        await send({"type": "http.response.body", "body": b"", "more_body": False})
+
+
+class Keys:
+    """Refuses what comes without a valid `Authorization: Bearer KEY`, but for probes and scrapes.
+
+    Args:
+        keys: what is accepted.
+        routes: the paths that count as requests when posted to; a refused one is counted.
+    """
+
+    def __init__(self, app: ASGIApp, keys: Iterable[str], routes: Mapping[str, Route], metrics: Metrics) -> None:
+        self._app = app
+        self._keys = tuple(key.encode() for key in keys)
+        self._routes = routes
+        self._metrics = metrics
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http" or scope["path"] in OPEN_PATHS or self._accepts(scope):
+            await self._app(scope, receive, send)
+            return
+        error = Unauthorized("a valid API key is needed: Authorization: Bearer KEY")
+        if scope["method"] == "POST" and scope["path"] in self._routes:
+            tracker = self._metrics.track(Protocol.REST, self._routes[scope["path"]])
+            tracker.request_id = RequestId.of(scope).value
+            tracker.fail(error)
+        await refuse(send, error)
+
+    def _accepts(self, scope: Scope) -> bool:
+        given = next((value for name, value in scope["headers"] if name == b"authorization"), b"")
+        scheme, _, key = given.strip().partition(b" ")
+        # Every key is compared, so that the time taken says nothing about which one came close.
+        matches = [hmac.compare_digest(key.lstrip(), valid) for valid in self._keys]
+        return scheme.lower() == b"bearer" and any(matches)

@@ -1,0 +1,83 @@
+"""Server-sent events: data frames, comments while there is silence, `[DONE]` at the end."""
+
+from __future__ import annotations
+
+import asyncio
+from types import TracebackType
+from typing import Self
+
+from starlette.types import Send
+
+from serve.rest.errors import Headers
+from serve.rest.json_text import Json, dump_ascii
+
+HEADERS: Headers = [
+    (b"content-type", b"text/event-stream"),
+    (b"cache-control", b"no-cache"),
+    (b"x-accel-buffering", b"no"),  # nginx would collect frames
+]
+_DONE = b"data: [DONE]\n\n"
+_KEEPALIVE = b": keepalive\n\n"
+
+
+def to_event(frame: Json) -> bytes:
+    """
+    >>> to_event({"index": 0, "text": "é"})
+    b'data: {"index":0,"text":"\\\\u00e9"}\\n\\n'
+    """
+    return b"data: %s\n\n" % dump_ascii(frame)
+
+
+class EventStream:
+    """The response to one streaming request.
+
+    async with EventStream(send, keepalive_seconds=15) as events:   # the head is sent: the request is accepted
+        await events.send(frame)                                    # waits while the client does not read
+        await events.end(last_frame)
+
+    Left with an exception, the response stays open for the error frame.
+    """
+
+    def __init__(self, send: Send, *, keepalive_seconds: float) -> None:
+        self._send = send
+        self._keepalive_seconds = keepalive_seconds
+        self._last_write = 0.0
+        self._keeper: asyncio.Task[None] | None = None
+
+    async def __aenter__(self) -> Self:
+        await self._send({"type": "http.response.start", "status": 200, "headers": list(HEADERS)})
+        self._last_write = asyncio.get_running_loop().time()
+        self._keeper = asyncio.create_task(self._keep_alive())
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._stop_keeper()
+
+    async def send(self, frame: Json) -> None:
+        await self._write(to_event(frame))
+
+    async def end(self, frame: Json | None = None) -> None:
+        """The last frame, if there is one, and `[DONE]`."""
+        self._stop_keeper()
+        last = _DONE if frame is None else to_event(frame) + _DONE
+        await self._send({"type": "http.response.body", "body": last, "more_body": False})
+
+    async def _write(self, data: bytes) -> None:
+        self._last_write = asyncio.get_running_loop().time()
+        await self._send({"type": "http.response.body", "body": data, "more_body": True})
+
+    async def _keep_alive(self) -> None:
+        now = asyncio.get_running_loop().time
+        while True:
+            silence = now() - self._last_write
+            if silence < self._keepalive_seconds:
+                await asyncio.sleep(self._keepalive_seconds - silence)
+            else:
+                await self._write(_KEEPALIVE)
+
+    def _stop_keeper(self) -> None:
+        if self._keeper is not None:
+            self._keeper.cancel()
+            self._keeper = None
