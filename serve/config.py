@@ -55,7 +55,7 @@ class Settings:
     max_running_sequences: int = _option(64, "sequences that decode at the same time", low=1)
     max_queued_requests: int = _option(256, "requests that may wait beyond those running; the next gets 429", low=0)
     encode_tokens_per_step: int = _option(
-        1024, "most prompt tokens encoded between two decode steps (one longer prompt still goes alone)", low=1
+        512, "most prompt tokens encoded between two decode steps (one longer prompt still goes alone)", low=1
     )
     shutdown_grace_seconds: float = _option(30.0, "seconds that running requests get to finish after SIGTERM", low=0)
     request_timeout_seconds: float = _option(0.0, "deadline of a request, in seconds; 0 = none", low=0)

@@ -1,4 +1,6 @@
-"""Exemplar sets that requests name instead of carrying: one file a set, read once at the start.
+"""Which exemplars a prompt may show: the request's own, or those of a set that it names.
+
+Sets are read once at the start, one file a set:
 
     sentiment.jsonl   {"input": "A warm film.", "output": "positive"}      one exemplar a line
     gsm.json          [{"input": "…", "output": "4", "rationale": "…"}]    or one JSON list
@@ -8,13 +10,18 @@ The set's name is the file's name without its ending.
 
 from __future__ import annotations
 
+import difflib
 import json
+import unicodedata
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from serve.request import Exemplar
+from serve.errors import InvalidRequest
+from serve.request import Exemplar, GenerateRequest, Mode, ScoreRequest
 
+MAX_EXEMPLARS = 256
+_EXEMPLAR_MODES = (Mode.FEW_SHOT, Mode.COT)
 _FIELDS = {"input", "output", "rationale"}
 _ENDINGS = (".json", ".jsonl")
 
@@ -43,6 +50,61 @@ def load_sets(folder: Path) -> dict[str, tuple[Exemplar, ...]]:
     if errors:
         raise ExemplarError("\n".join(errors))
     return sets
+
+
+def select(request: GenerateRequest | ScoreRequest, sets: Mapping[str, tuple[Exemplar, ...]]) -> tuple[Exemplar, ...]:
+    """The exemplars that a request asks for, in order, without the query itself.
+
+    Raises:
+        InvalidRequest: naming the field.
+    """
+    said = [name for name in ("exemplars", "exemplar_set", "num_exemplars") if _is_said(getattr(request, name))]
+    if said and request.mode not in _EXEMPLAR_MODES:
+        raise InvalidRequest(f"{said[0]} is for the modes few_shot and cot, not {request.mode.value}", field=said[0])
+    if request.exemplars and request.exemplar_set is not None:
+        raise InvalidRequest("exemplars and exemplar_set exclude each other", field="exemplar_set")
+    if request.num_exemplars is not None:
+        if request.exemplar_set is None:
+            raise InvalidRequest("num_exemplars says how many of exemplar_set to take; name one", field="num_exemplars")
+        if request.num_exemplars < 0:
+            raise InvalidRequest(
+                f"num_exemplars must be at least 0, not {request.num_exemplars}", field="num_exemplars"
+            )
+    exemplars = request.exemplars
+    if request.exemplar_set is not None:
+        exemplars = _named_set(request.exemplar_set, sets)
+    elif len(exemplars) > MAX_EXEMPLARS:
+        raise InvalidRequest(f"exemplars takes at most {MAX_EXEMPLARS}", field="exemplars")
+    for exemplar in exemplars:
+        if not exemplar.input.strip() or not exemplar.output.strip():
+            raise InvalidRequest("an exemplar's input and output must not be blank", field="exemplars")
+    if not exemplars:
+        return ()
+    query = _normalised(_query(request))
+    others = tuple(exemplar for exemplar in exemplars if _normalised(exemplar.input) != query)
+    return others if request.num_exemplars is None else others[: request.num_exemplars]
+
+
+def _named_set(name: str, sets: Mapping[str, tuple[Exemplar, ...]]) -> tuple[Exemplar, ...]:
+    if name not in sets:
+        near = difflib.get_close_matches(name, sets, n=1)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        raise InvalidRequest(f"no exemplar set has the name {name[:100]!r}{hint}", field="exemplar_set")
+    return sets[name]
+
+
+def _query(request: GenerateRequest | ScoreRequest) -> str:
+    if request.input is not None and request.input.strip():
+        return request.input
+    return "" if request.instruction is None else request.instruction
+
+
+def _normalised(text: str) -> str:
+    return " ".join(unicodedata.normalize("NFKC", text).casefold().split())
+
+
+def _is_said(value: object) -> bool:
+    return value is not None and value != ()
 
 
 def _rows(path: Path) -> list[tuple[str, Any]]:

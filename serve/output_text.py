@@ -59,9 +59,12 @@ class OutputText:
             self.finish_reason = delta.finish_reason
             self.error = delta.error
             piece += self._show(self._incremental.flush(), ended=True)
-        self.sum_logprob += math.fsum(_finite(entry.logprob) for entry in delta.logprobs[:kept])
-        logprobs = self._to_text_logprobs(delta.logprobs[:kept]) if self._shows_logprobs else ()
-        self._logprobs += logprobs
+        logprobs: tuple[TextLogprob, ...] = ()
+        if delta.logprobs:
+            self.sum_logprob += math.fsum(_finite(entry.logprob) for entry in delta.logprobs[:kept])
+            if self._shows_logprobs:
+                logprobs = self._to_text_logprobs(delta.logprobs[:kept])
+                self._logprobs += logprobs
         return TextDelta(
             index=self.index,
             text=piece,

@@ -6,13 +6,12 @@ spelt on the wire. May take seconds for a prompt of some MB, so the service runs
 
 from __future__ import annotations
 
-import difflib
-import unicodedata
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from serve import prompts
 from serve.errors import InvalidRequest
+from serve.exemplars import select
 from serve.request import (
     ChatMessage,
     Exemplar,
@@ -26,15 +25,15 @@ from serve.request import (
 from serve.sampling_params import MAX_SEQUENCES, SamplingDefaults, SamplingFields, SamplingParams, resolve
 from serve.tokenizer import Tokenizer, check_text
 
-MAX_EXEMPLARS = 256
 MAX_OPTIONS = 256
 MAX_CANDIDATES = 1024
 MAX_PROMPTS = 1024
 MAX_REQUEST_SEQUENCES = 2048  # prompts · n
 SELF_CONSISTENCY_TEMPERATURE = 0.7  # of samples > 1 where nobody says a temperature: greedy samples would be alike
-_EXEMPLAR_MODES = (Mode.FEW_SHOT, Mode.COT)
-# Nothing longer fits the limit, so that such a prompt is not tokenized whole before exemplars are dropped.
+# Tokenizing megabytes takes seconds. Of a text with more characters than this times the limit, so many are looked at
+# first, and when they alone are beyond the limit the text is not tokenized whole.
 _CHARACTERS_PER_TOKEN = 32
+_CUT_TOKENS = 64  # more than a cut in the middle of a word can add
 _CHARACTERS_PER_CALL = 32  # a text costs as much beyond its length
 
 
@@ -64,7 +63,7 @@ def prepare(
         prepared = _ready_made_prompts(request, context)
     else:
         _check_prompt_fields(request)
-        exemplars = _exemplars(request, context)
+        exemplars = select(request, context.exemplar_sets)
         prompt, used = _fit(request, exemplars, context, request.truncate_prompt_tokens)
         prepared, dropped = (prompt,), len(exemplars) - used
     if len(prepared) * sampling.n > MAX_REQUEST_SEQUENCES:
@@ -95,7 +94,7 @@ def prepare_score(
     if not request.candidates:
         raise InvalidRequest("candidates must hold at least one text", field="candidates")
     _check_list("candidates", request.candidates, MAX_CANDIDATES)
-    exemplars = _exemplars(request, context)
+    exemplars = select(request, context.exemplar_sets)
     prompt, _ = _fit(request, exemplars, context, None)
     candidates = tuple(_candidate_ids(text, context) for text in request.candidates)
     return PreparedScore(request_id, prompt, request.candidates, candidates, timeout_seconds)
@@ -121,11 +120,14 @@ def num_characters(request: GenerateRequest | ScoreRequest, context: PrepareCont
 
 
 def _candidate_ids(text: str, context: PrepareContext) -> tuple[int, ...]:
+    limit = context.defaults.max_output_tokens
+    about = _far_beyond(text, limit, context.tokenizer)
+    if about is not None:
+        raise InvalidRequest(f"a candidate has about {about} tokens; the limit is {limit}", field="candidates")
     ids = context.tokenizer.encode(text, add_special_tokens=False)
     if context.is_encoder_decoder:
         ids = _end_in_eos(ids, context.tokenizer)
-    if not ids or len(ids) > context.defaults.max_output_tokens:
-        limit = context.defaults.max_output_tokens
+    if not 0 < len(ids) <= limit:
         raise InvalidRequest(f"a candidate has {len(ids)} tokens; the limit is 1 to {limit}", field="candidates")
     return ids
 
@@ -197,91 +199,54 @@ def _check_prompt_fields(request: GenerateRequest | ScoreRequest) -> None:
             raise InvalidRequest("in mode raw the instruction is the whole prompt; leave options out", field="options")
 
 
-def _exemplars(request: GenerateRequest | ScoreRequest, context: PrepareContext) -> tuple[Exemplar, ...]:
-    """The exemplars that the request asks for, in order, without the query itself."""
-    said = [name for name in ("exemplars", "exemplar_set", "num_exemplars") if _is_said(getattr(request, name))]
-    if said and request.mode not in _EXEMPLAR_MODES:
-        raise InvalidRequest(f"{said[0]} is for the modes few_shot and cot, not {request.mode.value}", field=said[0])
-    if request.exemplars and request.exemplar_set is not None:
-        raise InvalidRequest("exemplars and exemplar_set exclude each other", field="exemplar_set")
-    if request.num_exemplars is not None:
-        if request.exemplar_set is None:
-            raise InvalidRequest("num_exemplars says how many of exemplar_set to take; name one", field="num_exemplars")
-        if request.num_exemplars < 0:
-            raise InvalidRequest(
-                f"num_exemplars must be at least 0, not {request.num_exemplars}", field="num_exemplars"
-            )
-    exemplars = request.exemplars
-    if request.exemplar_set is not None:
-        exemplars = _named_set(request.exemplar_set, context.exemplar_sets)
-    elif len(exemplars) > MAX_EXEMPLARS:
-        raise InvalidRequest(f"exemplars takes at most {MAX_EXEMPLARS}", field="exemplars")
-    for exemplar in exemplars:
-        if not exemplar.input.strip() or not exemplar.output.strip():
-            raise InvalidRequest("an exemplar's input and output must not be blank", field="exemplars")
-    query = _normalised(_query(request))
-    others = tuple(exemplar for exemplar in exemplars if _normalised(exemplar.input) != query)
-    return others if request.num_exemplars is None else others[: request.num_exemplars]
-
-
-def _named_set(name: str, sets: Mapping[str, tuple[Exemplar, ...]]) -> tuple[Exemplar, ...]:
-    if name not in sets:
-        near = difflib.get_close_matches(name, sets, n=1)
-        hint = f"; did you mean {near[0]!r}?" if near else ""
-        raise InvalidRequest(f"no exemplar set has the name {name[:100]!r}{hint}", field="exemplar_set")
-    return sets[name]
-
-
-def _query(request: GenerateRequest | ScoreRequest) -> str:
-    if request.input is not None and request.input.strip():
-        return request.input
-    return "" if request.instruction is None else request.instruction
-
-
-def _normalised(text: str) -> str:
-    return " ".join(unicodedata.normalize("NFKC", text).casefold().split())
-
-
 def _fit(
     request: GenerateRequest | ScoreRequest,
     exemplars: tuple[Exemplar, ...],
     context: PrepareContext,
     truncate: int | None,
 ) -> tuple[PreparedPrompt, int]:
-    """The prompt with as many of the last exemplars as the limit allows, and how many those are.
-
-    Gallops from few to many, so that exemplars of megabytes are never tokenized whole.
-    """
+    """The prompt with as many of the last exemplars as the limit allows, and how many those are."""
     instruction = "" if request.instruction is None else request.instruction
 
-    def render(kept: int) -> str:
+    def fitting(kept: int) -> PreparedPrompt | None:
         shown = exemplars[len(exemplars) - kept :]
-        return prompts.render(request.mode, instruction, request.input, request.options, shown)
+        text = prompts.render(request.mode, instruction, request.input, request.options, shown)
+        if kept == 0:
+            return _checked(_tokenize(text, "instruction", context, truncate), "instruction", context)
+        if _far_beyond(text, context.max_input_tokens, context.tokenizer) is not None:
+            return None
+        prompt = _tokenize(text, "instruction", context, truncate)
+        return prompt if len(prompt.token_ids) <= context.max_input_tokens else None
 
-    def tokenize(text: str) -> PreparedPrompt:
-        return _tokenize(text, "instruction", context, truncate)
-
-    def fits(prompt: PreparedPrompt) -> bool:
-        return len(prompt.token_ids) <= context.max_input_tokens
-
-    whole = render(len(exemplars))
-    if not exemplars or len(whole) <= _CHARACTERS_PER_TOKEN * context.max_input_tokens:
-        prompt = tokenize(whole)
-        if fits(prompt) or not exemplars:
-            return _checked(prompt, "instruction", context), len(exemplars)
-    best, kept = _checked(tokenize(render(0)), "instruction", context), 0
-    too_many = len(exemplars) + 1
-    while kept + 1 < too_many:
-        middle = min(2 * kept + 1, (kept + too_many) // 2)
-        prompt = tokenize(render(middle))
-        if fits(prompt):
-            best, kept = prompt, middle
-        else:
+    best = fitting(len(exemplars))
+    if best is not None:
+        return best, len(exemplars)
+    too_many, kept = len(exemplars), -1
+    while kept + 1 < too_many:  # `kept` fits, `too_many` does not
+        middle = min(2 * kept + 2, (kept + too_many) // 2)  # from few to many: the few are cheap to try
+        prompt = fitting(middle)
+        if prompt is None:
             too_many = middle
+        else:
+            best, kept = prompt, middle
+    assert best is not None  # with no exemplar it fits, or was refused
     return best, kept
 
 
+def _far_beyond(text: str, limit: int, tokenizer: Tokenizer) -> int | None:
+    """About how many tokens `text` has if its beginning alone has more than `limit`; else None."""
+    start = _CHARACTERS_PER_TOKEN * limit
+    if len(text) <= 2 * start:
+        return None
+    count = len(tokenizer.encode(text[:start]))
+    return count * len(text) // start if count > limit + _CUT_TOKENS else None
+
+
 def _tokenize(text: str, where: str, context: PrepareContext, truncate: int | None) -> PreparedPrompt:
+    limit = context.max_input_tokens
+    about = _far_beyond(text, limit, context.tokenizer) if truncate is None else None
+    if about is not None:
+        raise InvalidRequest(f"the prompt has about {about} tokens; the limit is {limit}", field=where)
     ids = context.tokenizer.encode(text)
     if context.is_encoder_decoder:
         ids = _end_in_eos(ids, context.tokenizer)
@@ -327,10 +292,6 @@ def _check_list(name: str, texts: Sequence[str], most: int) -> None:
     for text in texts:
         if not text.strip():
             raise InvalidRequest(f"{name} must not hold a blank text", field=name)
-
-
-def _is_said(value: object) -> bool:
-    return value is not None and value != ()
 
 
 def _check_texts(request: GenerateRequest | ScoreRequest) -> None:

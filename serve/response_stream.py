@@ -25,6 +25,7 @@ from serve.runtimes.base import Runtime, TokenStream
 from serve.tokenizer import Tokenizer
 from serve.voting import Ballot, vote
 
+ENGINE_DEAD = "the engine has failed; the server must be restarted"
 _CLOCK_TOLERANCE_SECONDS = 0.05
 _log = logging.getLogger(__name__)
 
@@ -97,8 +98,8 @@ class ResponseStream:
             self._end(EngineFailure("internal error"))  # no effect where `_end` has set the alarm off
             self._raise_end(error)
         except ServeError as error:
-            self._end(error)
-            self._raise_end()
+            self._end(to_client_error(error, self._context.runtime))
+            self._raise_end(error)
         except StopAsyncIteration:
             self._end(EngineFailure("the engine ended a request before its last token"))
             self._raise_end()
@@ -279,7 +280,14 @@ class ResponseStream:
         if self._error is None or self._is_reported:
             raise StopAsyncIteration
         self._is_reported = True
-        raise self._error from cause
+        raise self._error from (None if cause is self._error else cause)
+
+
+def to_client_error(error: ServeError, runtime: Runtime) -> ServeError:
+    """The error as clients may read it: a dead engine's own words (paths, tensors) are for the log."""
+    if isinstance(error, EngineFailure) and runtime.health() is not None:
+        return EngineFailure(ENGINE_DEAD)
+    return error
 
 
 def out_of_time() -> DeadlineExceeded:

@@ -11,7 +11,7 @@ from serve.errors import EngineFailure, ServeError
 from serve.metrics import RequestTracker
 from serve.output import IMPOSSIBLE_LOGPROB, CandidateScore, Scores, Timings, Usage
 from serve.request import PreparedScore
-from serve.response_stream import StreamContext, out_of_time
+from serve.response_stream import StreamContext, out_of_time, to_client_error
 
 
 class ScoreCall:
@@ -51,6 +51,8 @@ class ScoreCall:
             if self._alarm is None or not self._alarm.expired():
                 raise EngineFailure("internal error") from error
             raise (out_of_time() if self._error is None else self._error) from None
+        except EngineFailure as error:
+            raise to_client_error(error, self._context.runtime) from error
         finally:
             self._ticket.leave()
             self._on_end(self)

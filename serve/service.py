@@ -13,7 +13,7 @@ import secrets
 import time
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TypeVar
 
 from serve.admission import Admission, ServerState, draining, loading
@@ -21,56 +21,20 @@ from serve.errors import EngineFailure, NotFound, ServeError
 from serve.metrics import Metrics, Outcome, RequestTracker
 from serve.output import Completion, Scores, Tokenization
 from serve.prepare import PrepareContext, num_characters, prepare, prepare_score
-from serve.request import Exemplar, GenerateRequest, Mode, ScoreRequest
-from serve.response_stream import ResponseStream, StreamContext, departure, out_of_time
+from serve.request import GenerateRequest, Mode, ScoreRequest
+from serve.response_stream import ENGINE_DEAD, ResponseStream, StreamContext, departure, out_of_time
 from serve.runtimes.base import Runtime, RuntimeInfo
 from serve.sampling_params import SamplingDefaults
 from serve.scoring import ScoreCall
+from serve.service_settings import ALWAYS_ACCEPTED_MODELS, ModelCard, ServiceSettings
 from serve.tokenizer import Tokenizer, check_text
 
 __all__ = ["ALWAYS_ACCEPTED_MODELS", "ModelCard", "ResponseStream", "Service", "ServiceSettings"]
 
-ALWAYS_ACCEPTED_MODELS = ("default", "tgi", "dummy")  # what existing clients send when they name no model
 _INLINE_CHARACTERS = 8192  # more text than this (about 5 ms) is tokenized off the event loop
 _HEALTH_SECONDS = 0.25  # how often the engine's health is looked at
 _log = logging.getLogger(__name__)
 _T = TypeVar("_T")
-
-
-@dataclass(frozen=True, slots=True)
-class ServiceSettings:
-    """What the service needs of the server's settings. `request_timeout_seconds` 0 = no deadline.
-
-    `dead_grace_seconds`: how long after the engine's death the process still counts as alive, so that waiters get
-    their errors before it is restarted.
-    """
-
-    served_model_names: tuple[str, ...] = ("default",)
-    max_input_tokens: int = 2048
-    max_output_tokens: int = 512
-    default_max_tokens: int = 256
-    max_running_sequences: int = 64
-    max_queued_requests: int = 256
-    request_timeout_seconds: float = 0.0
-    dead_grace_seconds: float = 5.0
-    exemplar_sets: Mapping[str, tuple[Exemplar, ...]] = field(default_factory=dict)
-
-
-@dataclass(frozen=True, slots=True)
-class ModelCard:
-    """What is served, for `/v1/models`, `/info` and GetModel. `names`: all names that a request may use."""
-
-    id: str
-    created: int
-    runtime: str
-    dtype: str
-    architecture: str
-    max_input_tokens: int
-    max_output_tokens: int
-    modes: tuple[str, ...]
-    is_encoder_decoder: bool
-    names: tuple[str, ...]
-    root: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -350,9 +314,8 @@ class Service:
             return
         self._death = (reason, time.monotonic())
         _log.error("the engine is dead: %s", reason)
-        message = "the engine has failed; the server must be restarted"
-        self.admission.fail(message)
-        self._interrupt(lambda: EngineFailure(message))
+        self.admission.fail(ENGINE_DEAD)
+        self._interrupt(lambda: EngineFailure(ENGINE_DEAD))
 
     def _interrupt(self, to_error: Callable[[], ServeError]) -> None:
         for call in tuple(self._running):

@@ -70,7 +70,7 @@ class Tokenizer:
         self._prefix, self._suffix = _template_ids(whole)
         self.chat_template = chat_template
         self._with_control = None if chat_template is None else whole
-        self._special_texts = frozenset(whole.id_to_token(token_id) for token_id in special)
+        self._special_texts = frozenset(str(pieces[token_id]) for token_id in special)
 
     @classmethod
     def load(cls, folder: Path | str) -> Tokenizer:

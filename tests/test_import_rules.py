@@ -56,6 +56,7 @@ RULES = (
                 "serve.output_text",
                 "serve.response_stream",
                 "serve.scoring",
+                "serve.service_settings",
                 "serve.service",
             ),
         )
@@ -67,6 +68,7 @@ RULES = (
             "serve.output_text",
             "serve.response_stream",
             "serve.scoring",
+            "serve.service_settings",
             "serve.service",
         )
     ),

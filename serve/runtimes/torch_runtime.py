@@ -16,7 +16,7 @@ import threading
 import time
 import weakref
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TypeVar
 
@@ -32,9 +32,9 @@ from serve.engine.scheduler import ScoreChunk, StepPlan
 from serve.engine.sequence import Prompt
 from serve.engine.step_output import EngineStats, ScoreResult, StepOutput
 from serve.errors import CheckpointError, EngineFailure
-from serve.output import TokenDelta
 from serve.request import PreparedRequest, PreparedScore
 from serve.runtimes.base import OnStep, RuntimeInfo, StepStats
+from serve.runtimes.torch_stream import TorchStream
 
 logger = logging.getLogger(__name__)
 
@@ -155,7 +155,7 @@ class TorchRuntime:
         self._failure: str | None = None
         self._step_began: float | None = None  # monotonic time; None while the thread sleeps
         self._keys = itertools.count()
-        self._streams: weakref.WeakValueDictionary[str, _Stream] = weakref.WeakValueDictionary()
+        self._streams: weakref.WeakValueDictionary[str, TorchStream] = weakref.WeakValueDictionary()
         self._scores: dict[str, asyncio.Future[tuple[tuple[float, int], ...]]] = {}
 
     @property
@@ -177,9 +177,9 @@ class TorchRuntime:
         self._thread = threading.Thread(target=self._run, args=(engine, timed), name="flan-engine", daemon=True)
         self._thread.start()
 
-    def generate(self, request: PreparedRequest) -> _Stream:
+    def generate(self, request: PreparedRequest) -> TorchStream:
         key = f"{next(self._keys)}-{request.request_id}"  # a client may use one id twice
-        stream = _Stream(self, key, request.num_sequences)
+        stream = TorchStream(self, key, request.num_sequences)
         if self._failure is not None or self._thread is None:
             stream.fail(self._failure or "the engine is not running")
             return stream
@@ -282,10 +282,19 @@ class TorchRuntime:
                 self._wake.wait()
                 continue
             output = engine.step()
-            if self._on_step is not None and output.stats is not None:
-                self._on_step(_step_stats(output.stats, timed))
+            if output.stats is not None:
+                self._observe(_step_stats(output.stats, timed))
             if output.started or output.deltas or output.scores:
                 self._hand_over(self._deliver, output)
+
+    def _observe(self, stats: StepStats) -> None:
+        """Who only watches must not be able to end the engine."""
+        if self._on_step is None:
+            return
+        try:
+            self._on_step(stats)
+        except Exception:
+            logger.exception("observing a step failed")
 
     def _hand_over(self, callback: Callable[[T], None], value: T) -> None:
         if self._loop is None:
@@ -316,108 +325,6 @@ class TorchRuntime:
         for future in self._scores.values():
             if not future.done():
                 future.set_exception(EngineFailure(message))
-
-
-class _Stream:
-    """The deltas of one request, from the engine to one consumer; see serve.runtimes.base.TokenStream.
-
-    Memory is bounded by the request itself (sequences x max_tokens): a slow consumer finds what has piled up of a
-    sequence as one delta. A stream that nobody holds any more aborts its request.
-    """
-
-    def __init__(self, runtime: TorchRuntime, key: str, num_sequences: int) -> None:
-        self._runtime = runtime
-        self._key = key
-        self._open = set(range(num_sequences))  # sequences whose last delta has not been taken
-        self._pending: dict[int, TokenDelta] = {}  # by index, in the order they are to be taken
-        self._news = asyncio.Event()
-        self._begun = asyncio.Event()
-        self._failure: str | None = None
-        self._running = set(range(num_sequences))  # sequences that the engine still works on
-
-    def __aiter__(self) -> AsyncIterator[TokenDelta]:
-        return self
-
-    async def __anext__(self) -> TokenDelta:
-        while True:
-            if not self._open:
-                raise StopAsyncIteration
-            if self._pending:
-                index = next(iter(self._pending))
-                delta = self._pending.pop(index)
-                if delta.finish_reason is not None:
-                    self._open.discard(index)
-                return delta
-            if self._failure is not None:
-                raise EngineFailure(self._failure)
-            self._news.clear()
-            await self._news.wait()
-
-    async def started(self) -> None:
-        await self._begun.wait()
-        if self._failure is not None:
-            raise EngineFailure(self._failure)
-
-    def finish(self, index: int) -> None:
-        if index not in self._open:
-            return
-        self._open.discard(index)
-        self._pending.pop(index, None)
-        if index in self._running:
-            self._running.discard(index)
-            self._runtime.finish(self._key, index)
-        self._note_end()
-
-    async def aclose(self) -> None:
-        self._open.clear()
-        self._pending.clear()
-        self._abort()
-        self._note_end()
-
-    def begin(self) -> None:
-        """The engine has taken the request in."""
-        self._begun.set()
-
-    def put(self, deltas: list[TokenDelta]) -> None:
-        """New deltas from the engine."""
-        self._begun.set()  # a request that is refused never starts otherwise
-        for delta in deltas:
-            if delta.finish_reason is not None:
-                self._running.discard(delta.index)
-            if delta.index in self._open:
-                earlier = self._pending.get(delta.index)
-                self._pending[delta.index] = delta if earlier is None else _joined(earlier, delta)
-        self._news.set()
-
-    def fail(self, message: str) -> None:
-        """The engine is gone."""
-        self._running.clear()
-        self._failure = message
-        self._begun.set()
-        self._news.set()
-
-    def _note_end(self) -> None:
-        if not self._open:
-            self._begun.set()
-            self._news.set()
-
-    def _abort(self) -> None:
-        if self._running:
-            self._running.clear()
-            self._runtime.abort(self._key)
-
-    def __del__(self) -> None:
-        self._abort()
-
-
-def _joined(first: TokenDelta, second: TokenDelta) -> TokenDelta:
-    return TokenDelta(
-        index=first.index,
-        token_ids=first.token_ids + second.token_ids,
-        logprobs=first.logprobs + second.logprobs,
-        finish_reason=second.finish_reason,
-        error=second.error,
-    )
 
 
 def _settle(future: asyncio.Future[tuple[tuple[float, int], ...]], result: ScoreResult) -> None:

@@ -6,7 +6,7 @@ import asyncio
 import json
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import httpx
@@ -24,6 +24,7 @@ class Served:
     service: Service
     runtime: ScriptedRuntime
     http: httpx.AsyncClient
+    writers: list[asyncio.StreamWriter] = field(default_factory=list)
 
     async def post(self, path: str, body: Any, **headers: str) -> httpx.Response:
         """Post JSON; header names with _ for -."""
@@ -70,9 +71,19 @@ class Served:
             while len(self.runtime.requests) + len(self.runtime.scores) < requests:
                 await asyncio.sleep(0.005)
 
+    async def raw_open(self, body: Any, path: str = "/v1/generate") -> asyncio.StreamWriter:
+        """Post JSON and leave the connection open, unread; returns once the runtime has the request."""
+        before = len(self.runtime.requests) + len(self.runtime.scores)
+        _, writer = await asyncio.open_connection("127.0.0.1", self.port)
+        self.writers.append(writer)
+        writer.write(http_post(path, json.dumps(body).encode()))
+        await self.until_running(before + 1)
+        return writer
+
     async def raw(self, data: bytes, *, until: bytes = b"", seconds: float = 2.0) -> bytes:
         """Send bytes; what came until the server closed, or `until` was there, or nothing came for `seconds`."""
         reader, writer = await asyncio.open_connection("127.0.0.1", self.port)
+        self.writers.append(writer)
         received = b""
         try:
             writer.write(data)
@@ -140,8 +151,11 @@ async def served(
     async with httpx.AsyncClient(
         base_url=f"http://127.0.0.1:{port}", timeout=20, headers=headers, trust_env=False
     ) as http:
+        running = Served(server, port, service, runtime, http)
         try:
-            yield Served(server, port, service, runtime, http)
+            yield running
         finally:
+            for writer in running.writers:
+                writer.transport.abort()
             await service.close()
             await server.stop(1)

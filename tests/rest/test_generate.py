@@ -240,7 +240,7 @@ async def test_request_names() -> None:
         assert response.headers["x-request-id"] == response.json()["request_id"] == "from-body"
         response = await server.post("/v1/generate", body, x_request_id="from-header")
         assert response.headers["x-request-id"] == response.json()["request_id"] == "from-header"
-        for invalid in ("a b", "x" * 129, "é".encode("latin-1").decode("latin-1"), 'q"'):
+        for invalid in ("a b", "x" * 129, "é", 'q"'):
             raw = http_post("/v1/generate", b'{"instruction":"hello"}', f"x-request-id: {invalid}", "connection: close")
             answer = await server.raw(raw)
             assert b"x-request-id: req-" in answer

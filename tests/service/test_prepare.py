@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import Any
 
@@ -8,9 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from serve.errors import InvalidRequest
+from serve.exemplars import MAX_EXEMPLARS
 from serve.prepare import (
     MAX_CANDIDATES,
-    MAX_EXEMPLARS,
     MAX_OPTIONS,
     MAX_PROMPTS,
     SELF_CONSISTENCY_TEMPERATURE,
@@ -140,6 +142,18 @@ class TestTokens:
         assert prepared(prompts=("yes " * 200,), truncate_prompt_tokens=60).prompt_tokens == 60
         assert refused_field(prompts=("yes",), truncate_prompt_tokens=0) == "truncate"
 
+    def test_one_requests_truncation_never_changes_anothers(self) -> None:
+        def ids(number: int) -> tuple[int, ...]:
+            truncate = 3 + number % 7 if number % 2 else None
+            [prompt] = prepared(prompts=("yes no " * 9,), truncate_prompt_tokens=truncate).prompts
+            return prompt.token_ids
+
+        with ThreadPoolExecutor(32) as threads:
+            found = list(threads.map(ids, range(1000)))
+        whole = found[0]
+        assert len(whole) == 19
+        assert found == [whole if number % 2 == 0 else whole[-3 - number % 7 :] for number in range(1000)]
+
     def test_a_decoder_only_prompt_has_its_own_template_and_no_eos(self) -> None:
         context = PrepareContext(byte_fallback(), is_encoder_decoder=False)
         ids = prepared(context, mode=Mode.RAW, instruction="ab").prompts[0].token_ids
@@ -182,6 +196,23 @@ class TestTokens:
         assert refused_field(instruction="yes " * 60) == "instruction"
         assert refused_field(prompts=((5,) * 60,)) == "prompt"
         assert refused_field(messages=(ChatMessage("user", "yes " * 60),)) == "messages"
+
+    def test_megabytes_are_refused_without_counting_to_the_end(self) -> None:
+        started = time.monotonic()
+        for fields in (
+            {"instruction": "yes " * 2_500_000},
+            {"instruction": "a", "input": "yes " * 2_500_000},
+            {"prompts": ("yes " * 2_500_000,)},
+            {"messages": (ChatMessage("user", "yes " * 2_500_000),)},
+        ):
+            with pytest.raises(InvalidRequest, match=r"about 2\d{6} tokens; the limit is 60"):
+                prepared(**fields)
+        with pytest.raises(InvalidRequest, match="a candidate has about"):
+            scored(candidates=("yes " * 2_500_000,))
+        assert time.monotonic() - started < 5
+
+    def test_a_long_text_that_is_short_in_tokens_fits(self) -> None:
+        assert prepared(mode=Mode.RAW, instruction="yes" + " " * 50_000 + "no").prompt_tokens == 3
 
 
 class TestSampling:

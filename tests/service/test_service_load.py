@@ -373,10 +373,16 @@ class TestDeath:
         assert service.readiness() is not None
 
     async def test_its_words_stay_inside(self, service: Service, runtime: ScriptedRuntime) -> None:
+        stream = asyncio.create_task(drained(await running(service)))
+        runtime.score_seconds = 0.01
+        score = asyncio.create_task(service.score(SCORE, tracker_of(service)))
+        await asyncio.sleep(0.002)
         runtime.kill("/srv/model/secret: device lost")
-        with pytest.raises(EngineFailure) as caught:
-            await opened(service)
-        assert "secret" not in caught.value.message
+        late = asyncio.create_task(opened(service))
+        for task in (stream, score, late):
+            with pytest.raises(EngineFailure, match="restarted") as caught:
+                await task
+            assert "secret" not in caught.value.message
 
 
 @pytest.mark.parametrize("seed", range(3))
