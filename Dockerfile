@@ -35,11 +35,13 @@ FROM ${BASE_IMAGE} AS runtime
 # The passwd entry is for libraries that ask who they are; everything else refers to the number.
 RUN groupadd --gid 10001 flan \
     && useradd --uid 10001 --gid 10001 --home-dir /home/flan --create-home --shell /usr/sbin/nologin flan
-# The large layer changes with pyproject.toml only; a change of source is a small layer, so nodes pull little.
+# The large layer changes with pyproject.toml only; a change of source is a small layer, so nodes pull little. The wheel
+# is copied, not bind-mounted: buildah 1.28 takes a RUN from its cache although what it mounts has changed.
 COPY --from=dependencies /opt/venv /opt/venv
-RUN --mount=type=bind,from=wheel,source=/dist,target=/dist \
-    /opt/venv/bin/pip install --disable-pip-version-check --no-cache-dir --no-deps --no-index /dist/*.whl \
-    && /opt/venv/bin/pip check --disable-pip-version-check
+COPY --from=wheel /dist /dist
+RUN /opt/venv/bin/pip install --disable-pip-version-check --no-cache-dir --no-deps --no-index /dist/*.whl \
+    && /opt/venv/bin/pip check --disable-pip-version-check \
+    && rm -r /dist
 # Byte code is compiled at install time; at run time nothing is written but to HOME (caches) and /tmp, so both are
 # volumes and the root file system can be read-only. Listening on all addresses is right inside a container only.
 ENV PATH=/opt/venv/bin:$PATH \

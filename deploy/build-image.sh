@@ -54,7 +54,7 @@ pip_mounts() {
 if [ "${BASE:-}" != rootfs ] && docker info >/dev/null 2>&1; then
   DOCKER_BUILDKIT=1 docker build "${args[@]}" .
 else
-  # chroot isolation needs no cgroup or network set-up, so this also works inside an unprivileged-ish container.
+  # chroot isolation needs no cgroup or network set-up, so this also works inside a container.
   options=(--layers --isolation chroot --network host)
   scratch=$(mktemp -d)
   trap 'rm -rf "$scratch"' EXIT

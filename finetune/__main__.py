@@ -1,4 +1,4 @@
-"""`flan-finetune` (`python -m finetune`): train, look at the data, make a tokenizer, convert a checkpoint.
+"""`flan-finetune` (`python -m finetune`): train, look at the data, evaluate over the wire, make a tokenizer, convert.
 
 Each command is a module-level pair: `_add_<command>` describes its arguments, `_<command>` runs it and imports what it
 needs then, so that `--help` is quick. To add one, write the pair and name it in COMMANDS.
@@ -129,10 +129,38 @@ def _export(arguments: argparse.Namespace) -> int:
     return OK
 
 
+def _add_evaluate(parser: Parser) -> None:
+    parser.add_argument("mixture", metavar="MIXTURE", help="mixture whose held-out rows are asked, such as demo")
+    _add_data(parser)
+    parser.add_argument(
+        "--url", default="grpc://127.0.0.1:50051", help="server, http:// or grpc:// (default: %(default)s)"
+    )
+    parser.add_argument("--questions", type=int, default=5000, metavar="N", help="how many (default: 5000)")
+    parser.add_argument("--seed", type=int, default=0, help="which questions and exemplars are drawn (default: 0)")
+    parser.add_argument("--concurrency", type=int, default=32, metavar="N", help="requests under way (default: 32)")
+    parser.add_argument(
+        "--max-tokens", type=int, default=96, metavar="N", help="longest reply, in tokens (default: 96)"
+    )
+    parser.add_argument("--api-key", metavar="KEY", help="key of the server (default: none)")
+    parser.add_argument(
+        "--checkpoint", type=Path, metavar="DIR",
+        help="folder whose model card and flan.json get the scores (default: print them only)",
+    )  # fmt: skip
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the scores as JSON")
+
+
+def _evaluate(arguments: argparse.Namespace) -> int:
+    from finetune.evaluation.command import run
+
+    run(arguments, _folders(arguments))
+    return OK
+
+
 # name: (help, description of the arguments, the command)
 COMMANDS: dict[str, tuple[str, Callable[[Parser], None], Callable[[argparse.Namespace], int]]] = {
     "train": ("train a model", _add_train, _train),
     "inspect": ("show what a mixture feeds a model, stage by stage", _add_inspect, _inspect),
+    "evaluate": ("ask a running server held-out questions and score the answers", _add_evaluate, _evaluate),
     "tokenizer": ("train a T5-style tokenizer on a mixture's text", _add_tokenizer, _tokenizer),
     "export": ("copy a checkpoint's servable files, with weights in another dtype", _add_export, _export),
 }

@@ -2,8 +2,9 @@
 
 Hugging Face's T5 has one attention mask for encoder self-attention and cross-attention, so rows that hold several
 examples cannot be trained with it. This one takes segment ids and builds the three masks. It is numerically equal to
-theirs, its `state_dict()` has their names, and it does less work: one relative bias per stack and step, one product
-for q, k and v, logits for the positions that carry loss only.
+theirs, its `state_dict()` has their names, and it does less work: states are kept for real tokens only, [tokens,
+d_model], and spread out into rows for attention alone; one relative bias per stack and step; one product for q, k and
+v; logits for the positions that carry loss only.
 
 The three masks of a row that holds two examples (segments 1 1 1 2 2, then padding 0; `x` may look):
 
@@ -25,6 +26,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F  # noqa: N812  (the name everybody knows)
@@ -55,31 +57,51 @@ class T5(nn.Module):
                 module.dropout = rate
 
     def forward(self, batch: PackedBatch) -> Tensor:
-        """Logits `[num_loss_positions, vocab]` in row order, for the positions where `decoder_loss_weights` is 1."""
-        hidden = self.decode(batch, self.encode(batch))
-        return self.logits(hidden[batch.decoder_loss_weights > 0])
-
-    def encode(self, batch: PackedBatch) -> Tensor:
-        """Encoder states `[rows, input_length, d_model]`."""
-        mask = segment_mask(batch.encoder_segment_ids, batch.encoder_segment_ids)
-        encoded: Tensor = self.encoder(self.shared(batch.encoder_input_tokens), mask, None, None)
-        return encoded
-
-    def decode(self, batch: PackedBatch, encoded: Tensor) -> Tensor:
-        """Decoder states `[rows, target_length, d_model]`."""
-        segments = batch.decoder_segment_ids
-        length = segments.shape[1]
-        later = torch.ones(length, length, dtype=torch.bool, device=segments.device).triu(1)
-        mask = segment_mask(segments, segments).masked_fill(later, MASKED)
-        cross_mask = segment_mask(segments, batch.encoder_segment_ids)
-        hidden: Tensor = self.decoder(self.shared(batch.decoder_input_tokens), mask, encoded, cross_mask)
-        return hidden
+        """Logits `[num_target_tokens, vocab]`, row by row: every target token that is no padding carries loss."""
+        inputs, targets = Layout(batch.encoder_segment_ids), Layout(batch.decoder_segment_ids)
+        mask = segment_mask(inputs.segments, inputs.segments)
+        states = self.encoder(self.shared(inputs.take(batch.encoder_input_tokens)), inputs, mask, None)
+        length = targets.segments.shape[1]
+        later = torch.ones(length, length, dtype=torch.bool, device=mask.device).triu(1)
+        mask = segment_mask(targets.segments, targets.segments).masked_fill(later, MASKED)
+        encoded = Encoded(states, inputs, segment_mask(targets.segments, inputs.segments))
+        return self.logits(self.decoder(self.shared(targets.take(batch.decoder_input_tokens)), targets, mask, encoded))
 
     def logits(self, hidden: Tensor) -> Tensor:
         """The head; T5 1.0's tied head reads scaled states, an untied one does not."""
         if self.config.tie_word_embeddings:
             return F.linear(hidden * self.config.d_model**-0.5, self.shared.weight)
         return F.linear(hidden, self.lm_head.weight)
+
+
+class Layout:
+    """Where the real tokens of packed rows are. States are `[tokens, size]`; attention needs `[rows, length, size]`.
+
+    Segment ids [[1, 1, 0], [1, 2, 2]]: 5 tokens, at places 0 1 3 4 5 of 2 x 3.
+    """
+
+    def __init__(self, segments: Tensor) -> None:
+        self.segments = segments
+        self.places = segments.flatten().nonzero().squeeze(1)
+
+    def take(self, spread: Tensor) -> Tensor:
+        """`[rows, length, ...]` to `[tokens, ...]`."""
+        return spread.flatten(0, 1).index_select(0, self.places)
+
+    def spread(self, states: Tensor) -> Tensor:
+        """`[tokens, size]` to `[rows, length, size]`, zeros on padding."""
+        rows, length = self.segments.shape
+        empty = states.new_zeros(rows * length, states.shape[1])
+        return empty.index_copy(0, self.places, states).view(rows, length, -1)
+
+
+@dataclass(frozen=True, slots=True)
+class Encoded:
+    """What the decoder reads of the encoder: states `[tokens, d_model]`, their places, the cross-attention mask."""
+
+    states: Tensor
+    layout: Layout
+    mask: Tensor
 
 
 class DropoutModule(nn.Module):
@@ -103,11 +125,11 @@ class Stack(DropoutModule):
         )
         self.final_layer_norm = RMSNorm(config)
 
-    def forward(self, hidden: Tensor, mask: Tensor, encoded: Tensor | None, cross_mask: Tensor | None) -> Tensor:
+    def forward(self, hidden: Tensor, layout: Layout, mask: Tensor, encoded: Encoded | None) -> Tensor:
         hidden = self.drop(hidden)
-        bias = self.relative_bias(hidden.shape[1], hidden.device) + mask
+        bias = self.relative_bias(mask.shape[-1], mask.device) + mask
         for block in self.block:
-            hidden = block(hidden, bias, encoded, cross_mask)
+            hidden = block(hidden, layout, bias, encoded)
         return self.drop(self.final_layer_norm(hidden))
 
     def relative_bias(self, length: int, device: torch.device) -> Tensor:
@@ -134,10 +156,10 @@ class Block(nn.Module):
         layers.append(FeedForwardLayer(config))
         self.layer = nn.ModuleList(layers)
 
-    def forward(self, hidden: Tensor, bias: Tensor, encoded: Tensor | None, cross_mask: Tensor | None) -> Tensor:
-        hidden = self.layer[0](hidden, bias, None)
+    def forward(self, hidden: Tensor, layout: Layout, bias: Tensor, encoded: Encoded | None) -> Tensor:
+        hidden = self.layer[0](hidden, layout, bias, None)
         if encoded is not None:
-            hidden = self.layer[1](hidden, cross_mask, encoded)
+            hidden = self.layer[1](hidden, layout, encoded.mask, encoded)
         out: Tensor = self.layer[-1](hidden)
         return out
 
@@ -151,8 +173,8 @@ class AttentionLayer(DropoutModule):
         self.add_module(name, Attention(config, has_bias=has_bias))
         self.layer_norm = RMSNorm(config)
 
-    def forward(self, hidden: Tensor, bias: Tensor, encoded: Tensor | None) -> Tensor:
-        out = getattr(self, self.name)(self.layer_norm(hidden), bias, encoded)
+    def forward(self, hidden: Tensor, layout: Layout, bias: Tensor, encoded: Encoded | None) -> Tensor:
+        out = getattr(self, self.name)(self.layer_norm(hidden), layout, bias, encoded)
         return hidden + self.drop(out)
 
 
@@ -170,15 +192,15 @@ class Attention(DropoutModule):
         if has_bias:
             self.relative_attention_bias = nn.Embedding(config.relative_attention_num_buckets, config.num_heads)
 
-    def forward(self, hidden: Tensor, bias: Tensor, encoded: Tensor | None) -> Tensor:
-        rows, length, _ = hidden.shape
+    def forward(self, hidden: Tensor, layout: Layout, bias: Tensor, encoded: Encoded | None) -> Tensor:
         if encoded is None:
             weight = torch.cat((self.q.weight, self.k.weight, self.v.weight))
-            q, k, v = F.linear(hidden, weight).chunk(3, dim=-1)
+            q, k, v = layout.spread(F.linear(hidden, weight)).chunk(3, dim=-1)
         else:
-            q = self.q(hidden)
-            k, v = F.linear(encoded, torch.cat((self.k.weight, self.v.weight))).chunk(2, dim=-1)
-        q, k, v = (x.view(rows, x.shape[1], self.num_heads, self.head_size).transpose(1, 2) for x in (q, k, v))
+            q = layout.spread(self.q(hidden))
+            weight = torch.cat((self.k.weight, self.v.weight))
+            k, v = encoded.layout.spread(F.linear(encoded.states, weight)).chunk(2, dim=-1)
+        q, k, v = (x.view(*x.shape[:2], self.num_heads, self.head_size).transpose(1, 2) for x in (q, k, v))
         if bias.requires_grad:  # the fused kernels give no gradient to a bias
             scores = q @ k.transpose(-1, -2) + bias
             weights = scores.softmax(-1, dtype=torch.float32).to(v.dtype)
@@ -186,7 +208,7 @@ class Attention(DropoutModule):
         else:
             rate = self.dropout if self.training else 0.0
             out = F.scaled_dot_product_attention(q, k, v, bias.to(q.dtype), dropout_p=rate, scale=1.0)
-        joined: Tensor = self.o(out.transpose(1, 2).reshape(rows, length, -1))
+        joined: Tensor = self.o(layout.take(out.transpose(1, 2).flatten(2)))
         return joined
 
 

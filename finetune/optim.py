@@ -58,9 +58,10 @@ class Adafactor:
             if parameter.grad is None:
                 continue
             update = self._update(name, parameter.grad.float(), beta2)
-            update.div_(torch.clamp(rms(update) / self.config.clip_rms, min=1.0))
-            scale = torch.clamp(rms(parameter), min=EPSILON_PARAMETER_SCALE) if self.config.scale_parameter else 1.0
-            parameter.sub_((update * (rate * scale)).to(parameter.dtype))
+            scale = rate / torch.clamp(rms(update) / self.config.clip_rms, min=1.0)
+            if self.config.scale_parameter:
+                scale = scale * torch.clamp(rms(parameter), min=EPSILON_PARAMETER_SCALE)
+            parameter.sub_(update.mul_(scale).to(parameter.dtype))
 
     def zero_grad(self) -> None:
         for parameter in self.parameters.values():
@@ -80,17 +81,17 @@ class Adafactor:
             tensor.copy_(state[name])
 
     def _update(self, name: str, gradient: Tensor, beta2: float) -> Tensor:
-        squared = gradient.square().add_(EPSILON_SQUARED_GRADIENT)
         dims = factored_dims(gradient.shape, self.config.min_factored_size)
         if dims is None:
+            squared = gradient.square().add_(EPSILON_SQUARED_GRADIENT)
             v = self.state[f"v.{name}"].mul_(beta2).add_(squared, alpha=1.0 - beta2)
             return gradient * v.rsqrt()
         small, large = dims
-        v_row = self.state[f"v_row.{name}"].mul_(beta2).add_(squared.mean(large), alpha=1.0 - beta2)
-        v_col = self.state[f"v_col.{name}"].mul_(beta2).add_(squared.mean(small), alpha=1.0 - beta2)
+        v_row = self.state[f"v_row.{name}"].mul_(beta2).add_(_mean_square(gradient, large), alpha=1.0 - beta2)
+        v_col = self.state[f"v_col.{name}"].mul_(beta2).add_(_mean_square(gradient, small), alpha=1.0 - beta2)
         reduced = small - 1 if small > large else small  # where `small` is once `large` is gone
         row_factor = (v_row / v_row.mean(reduced, keepdim=True)).rsqrt_()
-        return gradient * row_factor.unsqueeze(large) * v_col.rsqrt().unsqueeze(small)
+        return (gradient * row_factor.unsqueeze(large)).mul_(v_col.rsqrt().unsqueeze(small))
 
 
 class AdamW:
@@ -184,7 +185,14 @@ def factored_dims(shape: torch.Size | tuple[int, ...], min_size: int) -> tuple[i
 
 def rms(tensor: Tensor) -> Tensor:
     """Root mean square, in float32."""
-    return tensor.float().square().mean().sqrt()
+    norm: Tensor = torch.linalg.vector_norm(tensor.float())
+    return norm / math.sqrt(tensor.numel())
+
+
+def _mean_square(gradient: Tensor, dim: int) -> Tensor:
+    """Mean of g^2 + eps1 along a dimension, without a temporary of the gradient's size."""
+    norm: Tensor = torch.linalg.vector_norm(gradient, dim=dim)
+    return norm.square_().div_(gradient.shape[dim]).add_(EPSILON_SQUARED_GRADIENT)
 
 
 def _check_names(expected: set[str], found: set[str]) -> None:

@@ -19,6 +19,16 @@ LOG_FILE = "train_log.jsonl"
 _SUMS = ("input_tokens", "target_tokens", "rows", "examples")
 
 
+def forget_after(path: Path, step: int) -> None:
+    """Drop log lines of later steps: a run that was killed logs them again after its resume."""
+    if not path.is_file():
+        return
+    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+    kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
+    if kept != lines:
+        path.write_text("".join(kept), encoding="utf-8")
+
+
 class Progress:
     """Sums reports over `log_steps` steps and writes them out. Times are this run's, resumes included."""
 
@@ -39,7 +49,9 @@ class Progress:
             total=self.config.total_steps, initial=self._first_step, unit="step", smoothing=0.05,
             mininterval=1.0 if sys.stderr.isatty() else 20.0,
         )  # fmt: skip
-        self._file = (Path(self.config.output) / LOG_FILE).open("a", encoding="utf-8")
+        path = Path(self.config.output) / LOG_FILE
+        forget_after(path, self._first_step)
+        self._file = path.open("a", encoding="utf-8")
         if self.config.tensorboard:
             from torch.utils.tensorboard import SummaryWriter
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import random
 import signal
+import sys
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -43,8 +44,6 @@ from finetune.rows import RowStream
 from finetune.tokenization import TextSource, TokenStream, load_tokenizer
 
 SourceFactory = Callable[[str, tuple[str, ...], int], TextSource]
-
-
 # Applies a function to each micro batch and yields the results in order: `map`, or that of a thread pool.
 Workers = Callable[[Callable[[PackedBatch], "MicroStep"], Iterable[PackedBatch]], Iterator["MicroStep"]]
 
@@ -60,7 +59,7 @@ class Run:
     tokenizer_folder: Path
     store: CheckpointStore
     device: torch.device
-    workers: Workers
+    workers: Workers = map
     step: int = 0
     manifests: dict[str, list[dict[str, Any]]] = field(default_factory=dict)  # of finished and running phases
     counts: dict[str, dict[str, int]] = field(default_factory=dict)
@@ -91,9 +90,11 @@ def train(config: TrainConfig, *, resume: bool = False, source: SourceFactory | 
     source = source if source is not None else _mixture_source
     run = _start(config, resume)
     saved = run.store.latest() if resume else None
+    if resume and saved is None:
+        print(f"{config.output} has no finished checkpoint yet: starting at step 0", file=sys.stderr)
     state = None if saved is None else _restore(run, saved)
     guard = LossGuard(config.loss.max_bad_steps)
-    with stop_on_signal() as is_stopped, Progress(config, run.step) as progress:
+    with stop_on_signal() as is_stopped, Progress(config, run.step) as progress, worker_map(config) as run.workers:
         if state is not None:
             progress.load_state_dict(state["progress"])
         first, stopping = 0, False
@@ -106,7 +107,8 @@ def train(config: TrainConfig, *, resume: bool = False, source: SourceFactory | 
                     run.step += 1
                     progress.log(run.step, phase, report)
                     stopping = is_stopped()
-                    if stopping or progress.is_checkpoint_due(run.step) or run.step == config.total_steps:
+                    is_due = progress.is_checkpoint_due(run.step) or stopping or run.step == config.total_steps
+                    if is_due and guard.bad_steps == 0:  # a bad loss may mean bad weights
                         _save(run, index, rows, progress)
                 _record(run, phase, rows)
             first = last
@@ -194,8 +196,7 @@ def _start(config: TrainConfig, resume: bool) -> Run:
     optimizer = build_optimizer(model, config.optimizer)
     if config.compile:
         model.compile()
-    workers: Workers = map if config.workers == 1 else ThreadPoolExecutor(config.workers, "micro-step").map
-    return Run(config, model, optimizer, tokenizer, tokenizer_folder, store, device, workers)
+    return Run(config, model, optimizer, tokenizer, tokenizer_folder, store, device)
 
 
 def _begin_phase(run: Run, index: int, source: SourceFactory, state: dict[str, Any] | None) -> RowStream:
@@ -288,6 +289,16 @@ def autocast(run: Run) -> AbstractContextManager[Any]:
     if run.config.dtype == "bfloat16":
         return torch.autocast(run.device.type, torch.bfloat16)
     return nullcontext()
+
+
+@contextmanager
+def worker_map(config: TrainConfig) -> Iterator[Workers]:
+    """What runs the micro steps of a step: one after the other, or `workers` of them at a time. Order is kept."""
+    if config.workers == 1:
+        yield map
+        return
+    with ThreadPoolExecutor(config.workers, "micro-step") as pool:
+        yield pool.map
 
 
 @contextmanager

@@ -20,7 +20,8 @@ from typing import Any
 from serve.errors import InvalidRequest
 from serve.request import Exemplar, GenerateRequest, Mode, ScoreRequest
 
-MAX_EXEMPLARS = 256
+MAX_EXEMPLARS = 256  # of one request; a set may have more
+_MAX_LENGTH_RATIO = 4
 _EXEMPLAR_MODES = (Mode.FEW_SHOT, Mode.COT)
 _FIELDS = {"input", "output", "rationale"}
 _ENDINGS = (".json", ".jsonl")
@@ -73,15 +74,18 @@ def select(request: GenerateRequest | ScoreRequest, sets: Mapping[str, tuple[Exe
     exemplars = request.exemplars
     if request.exemplar_set is not None:
         exemplars = _named_set(request.exemplar_set, sets)
-    elif len(exemplars) > MAX_EXEMPLARS:
-        raise InvalidRequest(f"exemplars takes at most {MAX_EXEMPLARS}", field="exemplars")
     for exemplar in exemplars:
         if not exemplar.input.strip() or not exemplar.output.strip():
             raise InvalidRequest("an exemplar's input and output must not be blank", field="exemplars")
     if not exemplars:
         return ()
-    query = _normalised(_query(request))
-    others = tuple(exemplar for exemplar in exemplars if _normalised(exemplar.input) != query)
+    query = _query(request)
+    normalised = _normalised(query)
+    # One many times as long is another text; normalising megabytes holds the interpreter's lock for a second.
+    longest = _MAX_LENGTH_RATIO * len(query) + 1000
+    others = tuple(
+        exemplar for exemplar in exemplars if len(exemplar.input) > longest or _normalised(exemplar.input) != normalised
+    )
     return others if request.num_exemplars is None else others[: request.num_exemplars]
 
 

@@ -6,15 +6,24 @@ spelt on the wire. May take seconds for a prompt of some MB, so the service runs
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 
 from serve import prompts
 from serve.errors import InvalidRequest
-from serve.exemplars import select
+from serve.exemplars import MAX_EXEMPLARS, select
+from serve.prompt_fitting import (
+    PrepareContext,
+    check_not_far_beyond,
+    checked,
+    cut,
+    end_in_eos,
+    far_beyond,
+    fit,
+    tokenize,
+)
 from serve.request import (
     ChatMessage,
-    Exemplar,
     GenerateRequest,
     Mode,
     PreparedPrompt,
@@ -22,30 +31,15 @@ from serve.request import (
     PreparedScore,
     ScoreRequest,
 )
-from serve.sampling_params import MAX_SEQUENCES, SamplingDefaults, SamplingFields, SamplingParams, resolve
-from serve.tokenizer import Tokenizer, check_text
+from serve.sampling_params import MAX_SEQUENCES, SamplingFields, SamplingParams, resolve
+from serve.tokenizer import check_text
 
 MAX_OPTIONS = 256
 MAX_CANDIDATES = 1024
 MAX_PROMPTS = 1024
 MAX_REQUEST_SEQUENCES = 2048  # prompts · n
 SELF_CONSISTENCY_TEMPERATURE = 0.7  # of samples > 1 where nobody says a temperature: greedy samples would be alike
-# Tokenizing megabytes takes seconds. Of a text with more characters than this times the limit, so many are looked at
-# first, and when they alone are beyond the limit the text is not tokenized whole.
-_CHARACTERS_PER_TOKEN = 32
-_CUT_TOKENS = 64  # more than a cut in the middle of a word can add
 _CHARACTERS_PER_CALL = 32  # a text costs as much beyond its length
-
-
-@dataclass(frozen=True, slots=True)
-class PrepareContext:
-    """What requests are prepared against; fixed once the model is loaded."""
-
-    tokenizer: Tokenizer
-    is_encoder_decoder: bool = True
-    max_input_tokens: int = 2048
-    defaults: SamplingDefaults = field(default_factory=SamplingDefaults)
-    exemplar_sets: Mapping[str, tuple[Exemplar, ...]] = field(default_factory=dict)
 
 
 def prepare(
@@ -55,6 +49,7 @@ def prepare(
     Raises:
         InvalidRequest: naming the field.
     """
+    _check_counts(request)
     _check_texts(request)
     samples = _samples(request)
     sampling = _sampling(request, samples, context)
@@ -62,9 +57,9 @@ def prepare(
     if request.prompts or request.messages:
         prepared = _ready_made_prompts(request, context)
     else:
-        _check_prompt_fields(request)
+        _check_prompt_fields(request, context)
         exemplars = select(request, context.exemplar_sets)
-        prompt, used = _fit(request, exemplars, context, request.truncate_prompt_tokens)
+        prompt, used = fit(request, exemplars, context, request.truncate_prompt_tokens)
         prepared, dropped = (prompt,), len(exemplars) - used
     if len(prepared) * sampling.n > MAX_REQUEST_SEQUENCES:
         raise InvalidRequest(f"prompts times n must be at most {MAX_REQUEST_SEQUENCES}", field="n")
@@ -89,44 +84,55 @@ def prepare_score(
     Raises:
         InvalidRequest: naming the field.
     """
+    _check_counts(request)
     _check_texts(request)
-    _check_prompt_fields(request)
+    _check_prompt_fields(request, context)
     if not request.candidates:
         raise InvalidRequest("candidates must hold at least one text", field="candidates")
-    _check_list("candidates", request.candidates, MAX_CANDIDATES)
+    _check_none_blank("candidates", request.candidates)
     exemplars = select(request, context.exemplar_sets)
-    prompt, _ = _fit(request, exemplars, context, None)
+    prompt, _ = fit(request, exemplars, context, None)
     candidates = tuple(_candidate_ids(text, context) for text in request.candidates)
     return PreparedScore(request_id, prompt, request.candidates, candidates, timeout_seconds)
 
 
-def num_characters(request: GenerateRequest | ScoreRequest, context: PrepareContext) -> int:
-    """How much text there is to tokenize, about: it says whether that may be done on the event loop."""
-    texts: list[str | None] = [request.instruction, request.input, *request.options]
+def num_characters(request: GenerateRequest | ScoreRequest, context: PrepareContext, enough: int) -> int:
+    """How much text there is to tokenize, about, counted up to `enough`: may that be done on the event loop?"""
+    count = 0
+    for text in _texts_of(request, context):
+        count += len(text) + _CHARACTERS_PER_CALL if text is not None else 0
+        if count > enough:
+            break
+    return count
+
+
+def _texts_of(
+    request: GenerateRequest | ScoreRequest, context: PrepareContext
+) -> Iterator[str | tuple[int, ...] | None]:
+    """Everything that is read or tokenized; token ids count too."""
+    yield from (request.instruction, request.input)
+    yield from request.options
     exemplars = request.exemplars
     if request.exemplar_set is not None:
         exemplars = context.exemplar_sets.get(request.exemplar_set, ())
     for exemplar in exemplars:
-        texts += [exemplar.input, exemplar.output, exemplar.rationale]
-    num_ids = 0
+        yield from (exemplar.input, exemplar.output, exemplar.rationale)
     if isinstance(request, ScoreRequest):
-        texts += request.candidates
+        yield from request.candidates
     else:
-        texts += [prompt for prompt in request.prompts if isinstance(prompt, str)]
-        texts += [message.content for message in request.messages]
-        texts += [] if request.sampling.stop is None else request.sampling.stop
-        num_ids = sum(len(prompt) for prompt in request.prompts if not isinstance(prompt, str))
-    return num_ids + sum(len(text) + _CHARACTERS_PER_CALL for text in texts if text is not None)
+        yield from request.prompts
+        yield from (message.content for message in request.messages)
+        yield from _stop_strings(request.sampling)
 
 
 def _candidate_ids(text: str, context: PrepareContext) -> tuple[int, ...]:
     limit = context.defaults.max_output_tokens
-    about = _far_beyond(text, limit, context.tokenizer)
+    about = far_beyond(text, limit, context.tokenizer)
     if about is not None:
         raise InvalidRequest(f"a candidate has about {about} tokens; the limit is {limit}", field="candidates")
     ids = context.tokenizer.encode(text, add_special_tokens=False)
     if context.is_encoder_decoder:
-        ids = _end_in_eos(ids, context.tokenizer)
+        ids = end_in_eos(ids, context.tokenizer)
     if not 0 < len(ids) <= limit:
         raise InvalidRequest(f"a candidate has {len(ids)} tokens; the limit is 1 to {limit}", field="candidates")
     return ids
@@ -157,8 +163,6 @@ def _ready_made_prompts(request: GenerateRequest, context: PrepareContext) -> tu
     truncate = request.truncate_prompt_tokens
     if request.messages:
         return (_chat_prompt(request.messages, truncate, context),)
-    if len(request.prompts) > MAX_PROMPTS:
-        raise InvalidRequest(f"prompt takes at most {MAX_PROMPTS} prompts", field="prompt")
     return tuple(_ready_made_prompt(prompt, truncate, context) for prompt in request.prompts)
 
 
@@ -167,118 +171,40 @@ def _chat_prompt(messages: Sequence[ChatMessage], truncate: int | None, context:
     if not any(message.content.strip() for message in messages):
         raise InvalidRequest("messages must hold some text", field="messages")
     if context.tokenizer.chat_template is None:
-        prompt = _tokenize(prompts.chat.render(messages), "messages", context, truncate)
+        prompt = tokenize(prompts.chat.render(messages), "messages", context, truncate)
     else:
         text, ids = context.tokenizer.encode_chat(messages)
-        ids = _end_in_eos(ids, context.tokenizer) if context.is_encoder_decoder else ids
-        prompt = _cut(ids, text, "messages", context, truncate)
-    return _checked(prompt, "messages", context)
+        ids = end_in_eos(ids, context.tokenizer) if context.is_encoder_decoder else ids
+        prompt = cut(ids, text, "messages", context, truncate)
+    return checked(prompt, "messages", context)
 
 
 def _ready_made_prompt(prompt: str | tuple[int, ...], truncate: int | None, context: PrepareContext) -> PreparedPrompt:
     if isinstance(prompt, str):
         _check_not_blank("prompt", prompt)
-        return _checked(_tokenize(prompt, "prompt", context, truncate), "prompt", context)
+        return checked(tokenize(prompt, "prompt", context, truncate), "prompt", context)
+    ids = end_in_eos(prompt, context.tokenizer) if context.is_encoder_decoder else prompt
+    prepared = checked(cut(ids, None, "prompt", context, truncate), "prompt", context)
     last = context.tokenizer.size - 1
-    for token_id in prompt:
+    for token_id in prepared.token_ids:
         if not 0 <= token_id <= last:
             raise InvalidRequest(f"prompt has token id {token_id}; ids are 0 to {last}", field="prompt")
-    ids = _end_in_eos(prompt, context.tokenizer) if context.is_encoder_decoder else prompt
-    return _checked(_cut(ids, None, "prompt", context, truncate), "prompt", context)
+    return prepared
 
 
-def _check_prompt_fields(request: GenerateRequest | ScoreRequest) -> None:
+def _check_prompt_fields(request: GenerateRequest | ScoreRequest, context: PrepareContext) -> None:
     if request.instruction is None:
         raise InvalidRequest("instruction is required", field="instruction")
     _check_not_blank("instruction", request.instruction)
-    _check_list("options", request.options, MAX_OPTIONS)
+    _check_none_blank("options", request.options)
     if request.mode is Mode.RAW:
         if request.input is not None and request.input.strip():
             raise InvalidRequest("in mode raw the instruction is the whole prompt; leave input out", field="input")
         if request.options:
             raise InvalidRequest("in mode raw the instruction is the whole prompt; leave options out", field="options")
-
-
-def _fit(
-    request: GenerateRequest | ScoreRequest,
-    exemplars: tuple[Exemplar, ...],
-    context: PrepareContext,
-    truncate: int | None,
-) -> tuple[PreparedPrompt, int]:
-    """The prompt with as many of the last exemplars as the limit allows, and how many those are."""
-    instruction = "" if request.instruction is None else request.instruction
-
-    def fitting(kept: int) -> PreparedPrompt | None:
-        shown = exemplars[len(exemplars) - kept :]
-        text = prompts.render(request.mode, instruction, request.input, request.options, shown)
-        if kept == 0:
-            return _checked(_tokenize(text, "instruction", context, truncate), "instruction", context)
-        if _far_beyond(text, context.max_input_tokens, context.tokenizer) is not None:
-            return None
-        prompt = _tokenize(text, "instruction", context, truncate)
-        return prompt if len(prompt.token_ids) <= context.max_input_tokens else None
-
-    best = fitting(len(exemplars))
-    if best is not None:
-        return best, len(exemplars)
-    too_many, kept = len(exemplars), -1
-    while kept + 1 < too_many:  # `kept` fits, `too_many` does not
-        middle = min(2 * kept + 2, (kept + too_many) // 2)  # from few to many: the few are cheap to try
-        prompt = fitting(middle)
-        if prompt is None:
-            too_many = middle
-        else:
-            best, kept = prompt, middle
-    assert best is not None  # with no exemplar it fits, or was refused
-    return best, kept
-
-
-def _far_beyond(text: str, limit: int, tokenizer: Tokenizer) -> int | None:
-    """About how many tokens `text` has if its beginning alone has more than `limit`; else None."""
-    start = _CHARACTERS_PER_TOKEN * limit
-    if len(text) <= 2 * start:
-        return None
-    count = len(tokenizer.encode(text[:start]))
-    return count * len(text) // start if count > limit + _CUT_TOKENS else None
-
-
-def _tokenize(text: str, where: str, context: PrepareContext, truncate: int | None) -> PreparedPrompt:
-    limit = context.max_input_tokens
-    about = _far_beyond(text, limit, context.tokenizer) if truncate is None else None
-    if about is not None:
-        raise InvalidRequest(f"the prompt has about {about} tokens; the limit is {limit}", field=where)
-    ids = context.tokenizer.encode(text)
-    if context.is_encoder_decoder:
-        ids = _end_in_eos(ids, context.tokenizer)
-    return _cut(ids, text, where, context, truncate)
-
-
-def _cut(
-    ids: tuple[int, ...], text: str | None, where: str, context: PrepareContext, truncate: int | None
-) -> PreparedPrompt:
-    if len(ids) <= int(context.is_encoder_decoder):  # nothing, or EOS alone (which `truncate: 1` may leave, below)
-        raise InvalidRequest(f"{where} must not be empty", field=where)
-    if truncate is not None:
-        if truncate < 1:
-            raise InvalidRequest(f"truncate must be at least 1, not {truncate}", field="truncate")
-        ids = ids[-truncate:]
-    return PreparedPrompt(ids, context.tokenizer.count_unknown(ids), text)
-
-
-def _checked(prompt: PreparedPrompt, where: str, context: PrepareContext) -> PreparedPrompt:
-    count, limit = len(prompt.token_ids), context.max_input_tokens
-    if count > limit:
-        raise InvalidRequest(f"the prompt has {count} tokens; the limit is {limit}", field=where)
-    return prompt
-
-
-def _end_in_eos(ids: tuple[int, ...], tokenizer: Tokenizer) -> tuple[int, ...]:
-    if tokenizer.eos_id is None:
-        return ids
-    end = len(ids)
-    while end > 0 and ids[end - 1] == tokenizer.eos_id:
-        end -= 1
-    return (*ids[:end], tokenizer.eos_id)
+    for name, text in (("instruction", request.instruction), ("input", request.input)):
+        if text is not None:
+            check_not_far_beyond(text, name, context)
 
 
 def _check_not_blank(name: str, text: str) -> None:
@@ -286,12 +212,22 @@ def _check_not_blank(name: str, text: str) -> None:
         raise InvalidRequest(f"{name} must not be blank", field=name)
 
 
-def _check_list(name: str, texts: Sequence[str], most: int) -> None:
-    if len(texts) > most:
-        raise InvalidRequest(f"{name} takes at most {most} texts", field=name)
+def _check_none_blank(name: str, texts: Sequence[str]) -> None:
     for text in texts:
         if not text.strip():
             raise InvalidRequest(f"{name} must not hold a blank text", field=name)
+
+
+def _check_counts(request: GenerateRequest | ScoreRequest) -> None:
+    """Before anything looks at each of them."""
+    for name, most in (("exemplars", MAX_EXEMPLARS), ("options", MAX_OPTIONS)):
+        if len(getattr(request, name)) > most:
+            raise InvalidRequest(f"{name} takes at most {most}", field=name)
+    if isinstance(request, ScoreRequest):
+        if len(request.candidates) > MAX_CANDIDATES:
+            raise InvalidRequest(f"candidates takes at most {MAX_CANDIDATES}", field="candidates")
+    elif len(request.prompts) > MAX_PROMPTS:
+        raise InvalidRequest(f"prompt takes at most {MAX_PROMPTS} prompts", field="prompt")
 
 
 def _check_texts(request: GenerateRequest | ScoreRequest) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
+from typing import Any
 
 from serve.errors import InvalidRequest
 
@@ -87,20 +88,18 @@ def resolve(asked: SamplingFields, defaults: SamplingDefaults, *, tokenizer_size
         InvalidRequest: naming the field.
     """
     _check_ranges(asked, tokenizer_size)
-    max_tokens = asked.max_tokens if asked.max_tokens is not None else defaults.default_max_tokens
-    chosen: dict[str, object] = dict(defaults.generation_config)
+    chosen: dict[str, Any] = {"max_tokens": defaults.default_max_tokens, **defaults.generation_config}
     for item in fields(SamplingFields):
         value = getattr(asked, item.name)
         if value is not None:
             chosen[item.name] = value
-    chosen["max_tokens"] = min(max_tokens, defaults.max_output_tokens)
-    if asked.min_tokens is not None and asked.min_tokens > max_tokens:
-        raise InvalidRequest(f"min_tokens must be at most max_tokens ({max_tokens})", field="min_tokens")
-    chosen["min_tokens"] = min(asked.min_tokens or 0, defaults.max_output_tokens)
-    params = SamplingParams(**chosen)  # type: ignore[arg-type]
-    if params.temperature <= GREEDY_TEMPERATURE:
-        object.__setattr__(params, "temperature", 0.0)
-    return params
+    if asked.min_tokens is not None and asked.min_tokens > chosen["max_tokens"]:
+        raise InvalidRequest(f"min_tokens must be at most max_tokens ({chosen['max_tokens']})", field="min_tokens")
+    chosen["max_tokens"] = min(chosen["max_tokens"], defaults.max_output_tokens)
+    chosen["min_tokens"] = min(chosen.get("min_tokens", 0), chosen["max_tokens"])
+    if chosen.get("temperature", 0.0) <= GREEDY_TEMPERATURE:
+        chosen["temperature"] = 0.0
+    return SamplingParams(**chosen)
 
 
 def _check_ranges(asked: SamplingFields, tokenizer_size: int) -> None:

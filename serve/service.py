@@ -20,7 +20,8 @@ from serve.admission import Admission, ServerState, draining, loading
 from serve.errors import EngineFailure, NotFound, ServeError
 from serve.metrics import Metrics, Outcome, RequestTracker
 from serve.output import Completion, Scores, Tokenization
-from serve.prepare import PrepareContext, num_characters, prepare, prepare_score
+from serve.prepare import num_characters, prepare, prepare_score
+from serve.prompt_fitting import PrepareContext
 from serve.request import GenerateRequest, Mode, ScoreRequest
 from serve.response_stream import ENGINE_DEAD, ResponseStream, StreamContext, departure, out_of_time
 from serve.runtimes.base import Runtime, RuntimeInfo
@@ -117,7 +118,7 @@ class Service:
             ticket = self.admission.enter()
             try:
                 prepared = await self._in_thread(
-                    num_characters(request, loaded.prepare),
+                    num_characters(request, loaded.prepare, enough=_INLINE_CHARACTERS),
                     lambda: prepare(request, loaded.prepare, _request_id(tracker), timeout),
                 )
                 _check_time(timeout, tracker)
@@ -161,7 +162,7 @@ class Service:
             ticket = self.admission.enter()
             try:
                 prepared = await self._in_thread(
-                    num_characters(request, loaded.prepare),
+                    num_characters(request, loaded.prepare, enough=_INLINE_CHARACTERS),
                     lambda: prepare_score(request, loaded.prepare, _request_id(tracker), timeout),
                 )
                 _check_time(timeout, tracker)

@@ -12,19 +12,19 @@ import sys
 import time
 from collections.abc import Mapping
 from dataclasses import asdict
-from typing import Any, Literal, TextIO
+from typing import Any, TextIO
 
 from serve.metrics import Outcome, RequestRecord
 
-LogFormat = Literal["auto", "json", "text"]
 _ROOTS = ("flan", "serve")  # named loggers, and those that modules name after themselves
 _requests = logging.getLogger("flan.requests")
 _events = logging.getLogger("flan.events")
 _FIELDS = "flan_fields"  # where a record carries its fields
 
 
-def configure(log_format: LogFormat = "auto", stream: TextIO | None = None, level: int = logging.INFO) -> None:
-    """Send the server's logs to `stream` (default: standard error); "auto" is text on a terminal, else JSON.
+def configure(log_format: str = "auto", stream: TextIO | None = None, level: int = logging.INFO) -> None:
+    """Send the server's logs to `stream` (default: standard error) as "json", "text" or "auto": text on a terminal,
+    else JSON.
 
     Called once, by the composition root; other libraries' loggers stay as they are.
     """

@@ -50,6 +50,7 @@ RULES = (
                 "serve.telemetry",
                 "serve.runtimes.base",
                 "serve.prepare",
+                "serve.prompt_fitting",
                 "serve.admission",
                 "serve.voting",
                 "serve.exemplars",
@@ -62,6 +63,7 @@ RULES = (
         )
         for name in (
             "serve.prepare",
+            "serve.prompt_fitting",
             "serve.admission",
             "serve.voting",
             "serve.exemplars",

@@ -5,6 +5,7 @@ Needs root and Debian's buildah, podman, runc, conmon and mmdebstrap. `make imag
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 import subprocess
@@ -58,7 +59,7 @@ def test_what_the_image_says_of_itself(podman: Podman, image: str) -> None:
 def test_what_is_in_the_image(podman: Podman, image: str) -> None:
     """The wheel has its data files, serving's packages are there, and nothing of the sources' folder is."""
     program = """
-import importlib.metadata, importlib.resources, json, os, pathlib
+import hashlib, importlib.metadata, importlib.resources, json, os
 names = {d.name.lower() for d in importlib.metadata.distributions()}
 root = importlib.resources.files("serve")
 print(json.dumps({
@@ -67,7 +68,11 @@ print(json.dumps({
     "page": (root / "rest" / "static").is_dir(),
     "names": sorted(names),
     "home": os.listdir("/home/flan"),
-    "src": os.path.exists("/src") or os.path.exists("/build"),
+    "left": [path for path in ("/src", "/build", "/dist", "/opt/build") if os.path.exists(path)],
+    "sources": {
+        str(path.relative_to(root.parent)): hashlib.sha256(path.read_bytes()).hexdigest()
+        for name in ("serve", "protos") for path in (root.parent / name).rglob("*.py")
+    },
     "uid": os.getuid(),
 }))
 """
@@ -82,7 +87,12 @@ print(json.dumps({
     assert not {"pytest", "locust", "ruff", "vllm", "tensorboard"} & set(found["names"])
     assert not any(name.startswith("nvidia") for name in found["names"])
     assert found["home"] == [name for name in found["home"] if name.startswith(".")]
-    assert found["src"] is False
+    assert found["left"] == []
+    assert found["sources"] == {
+        str(path.relative_to(ROOT)): hashlib.sha256(path.read_bytes()).hexdigest()
+        for name in ("serve", "protos")
+        for path in (ROOT / name).rglob("*.py")
+    }, "the image was built from other sources, perhaps from a cache"
     assert found["uid"] == 10001
 
 

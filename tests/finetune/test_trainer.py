@@ -143,6 +143,58 @@ def test_workers_change_nothing(tmp_path: Path) -> None:
     assert_same_run(one, two)
 
 
+def test_a_killed_run_resumes_from_its_checkpoint_and_logs_each_step_once(
+    straight: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real, calls = trainer.train_step, []
+
+    def dies(*arguments: Any) -> trainer.StepReport:
+        calls.append(1)
+        if len(calls) == 8:
+            raise KeyboardInterrupt  # as abrupt as it gets in a test: steps 6 and 7 are logged, not saved
+        return real(*arguments)
+
+    monkeypatch.setattr(trainer, "train_step", dies)
+    with pytest.raises(KeyboardInterrupt):
+        trainer.train(train_config(tmp_path / "run"), source=word_source)
+    monkeypatch.undo()
+    assert list(losses(tmp_path / "run")) == [1, 2, 3, 4, 5, 6, 7]
+    trainer.train(train_config(tmp_path / "run"), resume=True, source=word_source)
+    assert_same_run(straight, tmp_path / "run")
+    assert len((tmp_path / "run" / "train_log.jsonl").read_text().splitlines()) == 10
+
+
+def test_resume_without_a_checkpoint_starts_at_the_beginning(
+    straight: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    trainer.train(train_config(tmp_path / "run"), resume=True, source=word_source)
+    assert "has no finished checkpoint yet: starting at step 0" in capsys.readouterr().err
+    assert_same_run(straight, tmp_path / "run")
+
+
+def test_weights_are_not_saved_while_the_loss_is_bad(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Step 5, where a checkpoint is due, has no finite loss; step 10 has."""
+    real = trainer._save
+    saved: list[int] = []
+
+    def save(run: trainer.Run, *rest: Any) -> None:
+        saved.append(run.step)
+        real(run, *rest)
+
+    monkeypatch.setattr(trainer, "_save", save)
+    calls: list[int] = []
+    step = trainer.micro_step
+
+    def breaks(*arguments: Any) -> trainer.MicroStep:
+        calls.append(1)
+        parts = step(*arguments)
+        return replace(parts, total=float("inf")) if len(calls) == 9 else parts  # 4 steps of 2 come first
+
+    monkeypatch.setattr(trainer, "micro_step", breaks)
+    trainer.train(train_config(tmp_path / "run"), source=word_source)
+    assert saved == [10]
+
+
 def test_a_run_is_not_begun_over_another(straight: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="holds a run already: go on with --resume"):
         trainer.train(train_config(straight), source=word_source)

@@ -91,7 +91,8 @@ FIELDS: dict[str, tuple[dict[str, Any], str | None]] = {
     "an exemplar without output": ({"mode": "cot", "exemplars": [{"input": "x"}]}, "exemplars"),
     "an exemplar with a number": ({"mode": "cot", "exemplars": [{"input": "x", "output": 4}]}, "exemplars"),
     "an exemplar with more": (
-        {"mode": "cot", "exemplars": [{"input": "x", "output": "y", "answer": "z"}]}, "exemplars",
+        {"mode": "cot", "exemplars": [{"input": "x", "output": "y", "answer": "z"}]},
+        "exemplars",
     ),
     "logit_bias as a list": ({"logit_bias": [5, 1.0]}, "logit_bias"),
     "logit_bias with a word": ({"logit_bias": {"cat": 1}}, "logit_bias"),

@@ -229,9 +229,7 @@ async def test_logprobs_in_both_shapes() -> None:
         assert shape["tokens"][-1] == "</s>"
         assert shape["text_offset"][:2] == [0, 3]
         assert shape["text_offset"][-1] == len("the cat")
-        for token, logprob, top in zip(
-            shape["tokens"], shape["token_logprobs"], shape["top_logprobs"], strict=True
-        ):
+        for token, logprob, top in zip(shape["tokens"], shape["token_logprobs"], shape["top_logprobs"], strict=True):
             assert top[token] == logprob  # clients look the chosen token up
             assert list(top.values()) == sorted(top.values(), reverse=True)
         [choice] = (await server.post("/v1/completions", {**body, "logprobs": 0})).json()["choices"]

@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 
 from serve.errors import CheckpointError, InvalidRequest
-from serve.prepare import PrepareContext, prepare
+from serve.prepare import prepare
+from serve.prompt_fitting import PrepareContext
 from serve.request import ChatMessage, GenerateRequest
 from serve.tokenizer import Tokenizer
 from tests.service.toy_tokenizers import byte_level_spec

@@ -16,11 +16,11 @@ from serve.prepare import (
     MAX_OPTIONS,
     MAX_PROMPTS,
     SELF_CONSISTENCY_TEMPERATURE,
-    PrepareContext,
     num_characters,
     prepare,
     prepare_score,
 )
+from serve.prompt_fitting import PrepareContext
 from serve.request import (
     ChatMessage,
     Exemplar,
@@ -310,7 +310,7 @@ class TestExemplars:
         request = prepared(mode=Mode.FEW_SHOT, input=query, exemplar_set="pets")
         assert (request.exemplars_used, request.exemplars_dropped) == (0, 5)
         assert query.strip() in str(request.prompts[0].text)
-        assert refused_field(mode=Mode.FEW_SHOT, input="yes " * 60, exemplar_set="pets") == "instruction"
+        assert refused_field(mode=Mode.FEW_SHOT, input="yes " * 60, exemplar_set="pets") == "input"
 
     def test_exemplars_of_megabytes_are_not_tokenized_whole(self) -> None:
         huge = tuple(Exemplar(f"{n} " + "yes " * 20_000, "no") for n in range(100))
@@ -371,7 +371,7 @@ class TestScore:
 
 
 def test_all_text_of_a_request_counts_for_its_size() -> None:
-    small = num_characters(GenerateRequest(instruction="a"), CONTEXT)
+    small = num_characters(GenerateRequest(instruction="a"), CONTEXT, 10_000)
     big = "x" * 10_000
     requests: list[GenerateRequest | ScoreRequest] = [
         GenerateRequest(instruction=big),
@@ -384,6 +384,6 @@ def test_all_text_of_a_request_counts_for_its_size() -> None:
         ScoreRequest(instruction="a", candidates=("a",) * 1000),
     ]
     assert small < 100
-    assert all(num_characters(request, CONTEXT) >= 10_000 for request in requests)
+    assert all(num_characters(request, CONTEXT, 10_000) >= 10_000 for request in requests)
     named = replace(CONTEXT, exemplar_sets={"big": (Exemplar(big, "b"),)})
-    assert num_characters(GenerateRequest(instruction="a", exemplar_set="big"), named) > 10_000
+    assert num_characters(GenerateRequest(instruction="a", exemplar_set="big"), named, 10_000) > 10_000

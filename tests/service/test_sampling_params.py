@@ -106,3 +106,13 @@ def test_everything_said_arrives() -> None:
     params = resolved(**asked)
     assert {name: getattr(params, name) for name in asked} == asked
     assert set(asked) == {item.name for item in fields(SamplingParams)}
+
+
+def test_lengths_too_go_from_request_to_checkpoint_to_server() -> None:
+    defaults = SamplingDefaults(256, 512, generation_config={"max_tokens": 64, "min_tokens": 5})
+    silent = resolve(SamplingFields(), defaults, tokenizer_size=100)
+    assert (silent.max_tokens, silent.min_tokens) == (64, 5)
+    asked = resolve(SamplingFields(max_tokens=3, min_tokens=0), defaults, tokenizer_size=100)
+    assert (asked.max_tokens, asked.min_tokens) == (3, 0)
+    short = resolve(SamplingFields(max_tokens=3), defaults, tokenizer_size=100)
+    assert (short.max_tokens, short.min_tokens) == (3, 3)
