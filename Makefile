@@ -10,7 +10,7 @@ PYTEST_ARGS ?=
 PIP_ARGS ?=
 BIN := $(VENV)/bin
 
-.PHONY: serve venv test lint format protos smoke image clean
+.PHONY: serve venv test lint format protos smoke image image-test clean
 
 serve: $(VENV)/.serve-installed
 	$(BIN)/flan-serve $(if $(MODEL),--model $(MODEL)) --port $(PORT) --grpc-port $(GRPC_PORT) $(ARGS)
@@ -42,6 +42,11 @@ smoke: $(VENV)/.installed
 
 image:
 	deploy/build-image.sh
+
+# Builds the image and runs it as Kubernetes would; needs root and
+# apt-get install -y --no-install-recommends buildah runc podman mmdebstrap conmon
+image-test: $(VENV)/.installed
+	$(BIN)/pytest -m container tests/deploy
 
 clean:
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -148,7 +148,9 @@ def write_files(
     for name in TOKENIZER_FILES:
         if (tokenizer / name).is_file():
             shutil.copyfile(tokenizer / name, folder / name)
-    save_file(dict(state), folder / "model.safetensors", metadata={"format": "pt"})
+    weights = folder / "model.safetensors"
+    save_file(dict(state), weights, metadata={"format": "pt"})
+    weights.chmod(0o644)  # safetensors makes it 0600, which the server's own user in a container cannot read
     write_json(folder / "config.json", config)
     write_json(folder / "generation_config.json", _GENERATION_CONFIG)
     write_json(folder / "flan.json", flan)

@@ -35,7 +35,7 @@ def _smoke(args: argparse.Namespace) -> int:
 
 def _selftest(args: argparse.Namespace) -> int:
     with tempfile.TemporaryDirectory(prefix="flan-loadtests-") as scratch:
-        checks = selftest.run(args.out or Path(scratch), args.seconds)
+        checks = selftest.run(args.out or Path(scratch), args.requests)
     for check in checks:
         print(check)
     failed = sum(not check.passed for check in checks)
@@ -90,7 +90,7 @@ def _parser() -> argparse.ArgumentParser:
 
     command = commands.add_parser("selftest", help="check the meters against a stub with known delays")
     command.set_defaults(run=_selftest)
-    command.add_argument("--seconds", type=float, default=6.0, help="of each of its three runs")
+    command.add_argument("--requests", type=int, default=100, help="of each of its three runs (default: %(default)s)")
     command.add_argument("--out", type=Path, default=None, help="keep the reports there")
 
     command = commands.add_parser("compare", help="two report.json side by side; exit code 1 on a regression")

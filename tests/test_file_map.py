@@ -16,13 +16,12 @@ def mapped() -> list[str]:
 
 
 def present() -> set[str]:
-    modules = {
+    return {
         str(path.relative_to(ROOT))
         for package in PACKAGES
         for path in (ROOT / package).rglob("*.py")
         if path.name != "__init__.py" and "_pb2" not in path.name
     }
-    return modules
 
 
 def test_every_module_is_on_the_map() -> None:

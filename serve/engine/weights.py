@@ -7,6 +7,7 @@ untied; none, or an equal one, makes it tied.
 from __future__ import annotations
 
 import json
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -162,6 +163,8 @@ def _read_sharded(folder: Path, index_path: Path) -> dict[str, torch.Tensor]:
 
 
 def _read_safetensors(path: Path) -> dict[str, torch.Tensor]:
+    if not os.access(path, os.R_OK):  # safetensors would say that there is no such file
+        raise CheckpointError(f"{path} is not readable for uid {os.getuid()}: permission denied")
     try:
         with safe_open(path, framework="pt", device="cpu") as file:
             return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping

@@ -109,22 +109,24 @@ class Server:
 def running(podman: Podman, image: str, *arguments: str, network: str = "host") -> Iterator[Server]:
     """The server in a container, after its ready line; killed at the end if it still runs."""
     name = f"flan-test-{os.getpid()}-{time.monotonic_ns()}"
-    process = podman.start("--name", name, "--network", network, *arguments, image)
-    try:
-        assert process.stdout is not None
-        seen = []
-        for line in process.stdout:
-            seen.append(line)
-            if line.startswith("ready "):
-                break
-        else:
-            raise AssertionError("the server ended before it was ready:\n" + "".join(seen[-40:]))
-        words = dict(word.split("=", 1) for word in seen[-1].split()[1:])
-        yield Server(process, words["rest"], words["grpc"], name)
-    finally:
-        if process.poll() is None:
-            subprocess.run(podman.command("kill", name), env=podman._environ, capture_output=True, check=False)
-            process.wait(timeout=30)
+    with podman.start("--name", name, "--network", network, *arguments, image) as process:
+        try:
+            yield Server(process, *_read_ready_line(process), name)
+        finally:
+            if process.poll() is None:
+                podman.output("kill", name)
+
+
+def _read_ready_line(process: subprocess.Popen[str]) -> tuple[str, str]:
+    """(REST URL, gRPC address); fails with the end of the log when the server ends first."""
+    assert process.stdout is not None
+    seen = []
+    for line in process.stdout:
+        if line.startswith("ready "):
+            words = dict(word.split("=", 1) for word in line.split()[1:])
+            return words["rest"], words["grpc"]
+        seen.append(line)
+    raise AssertionError("the server ended before it was ready:\n" + "".join(seen[-40:]))
 
 
 def wait_for_probe(url: str, probe: dict[str, Any]) -> None:

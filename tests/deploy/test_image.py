@@ -65,7 +65,6 @@ root = importlib.resources.files("serve")
 print(json.dumps({
     "demo": sorted(p.name for p in (root / "demo").iterdir()),
     "typed": (root / "py.typed").is_file(),
-    "page": (root / "rest" / "static").is_dir(),
     "names": sorted(names),
     "home": os.listdir("/home/flan"),
     "left": [path for path in ("/src", "/build", "/dist", "/opt/build") if os.path.exists(path)],
@@ -82,7 +81,6 @@ print(json.dumps({
     found = json.loads(out.splitlines()[-1])
     assert {"config.json", "model.safetensors", "tokenizer.json"} <= set(found["demo"])
     assert found["typed"]
-    assert found["page"]
     assert {"torch", "grpcio", "fastapi", "flan-serve"} <= set(found["names"])
     assert not {"pytest", "locust", "ruff", "vllm", "tensorboard"} & set(found["names"])
     assert not any(name.startswith("nvidia") for name in found["names"])

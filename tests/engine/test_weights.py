@@ -180,3 +180,10 @@ def test_a_config_that_cannot_be_run_is_refused(tmp_path: Path, changes: dict[st
     change_config(folder, **changes)
     with pytest.raises(CheckpointError, match=message):
         load_checkpoint(folder)
+
+
+def test_an_unreadable_file_is_named_with_the_user(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = make_t5_checkpoint(tmp_path / "model")
+    monkeypatch.setattr("os.access", lambda path, mode: False)  # root may read everything, so mode bits prove nothing
+    with pytest.raises(CheckpointError, match=r"model\.safetensors is not readable for uid \d+"):
+        load_checkpoint(folder)

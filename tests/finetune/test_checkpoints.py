@@ -42,6 +42,7 @@ def test_the_state_round_trips_bit_for_bit(config: ModelConfig, tmp_path: Path) 
     for name, tensor in model.state_dict().items():
         assert torch.equal(loaded.state_dict()[name], tensor)
     assert ("lm_head.weight" in load_tensors(tmp_path)) is not config.tie_word_embeddings
+    assert (tmp_path / "model.safetensors").stat().st_mode & 0o777 == 0o644  # another user serves it
 
 
 def test_transformers_keeps_the_head_apart_and_unscaled(tmp_path: Path) -> None:

@@ -15,8 +15,8 @@ ROOT = Path(__file__).parent.parent.parent
 
 @pytest.mark.slow
 def test_the_meters_tell_the_truth(tmp_path: Path) -> None:
-    checks = selftest.run(tmp_path, seconds=4)
-    assert len(checks) == 69
+    checks = selftest.run(tmp_path, requests=80)
+    assert len(checks) >= 60
     assert [str(check) for check in checks if not check.passed] == []
 
 

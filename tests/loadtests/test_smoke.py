@@ -35,9 +35,13 @@ def server() -> Iterator[tuple[str, str]]:
 @pytest.mark.slow
 def test_smoke_on_the_demo_checkpoint(server: tuple[str, str], tmp_path: Path) -> None:
     rest, grpc = server
-    result = smoke.run(smoke.Load(rest, grpc, seconds=8, users=4), tmp_path)
+    # Two passes of the deck over each protocol, however slow the machine is; so times are shown and not judged here.
+    result = smoke.run(smoke.Load(rest, grpc, seconds=90, users=4, max_requests=80), tmp_path)
     verdicts = objectives.check(result, objectives.load("smoke"))
-    assert [verdict for verdict in verdicts if not verdict.kept] == []
+    kept = {verdict.what: verdict.kept for verdict in verdicts}
+    assert kept["failed_ratio"], result["failures"]
+    assert kept["missing_rows"]
+    assert result["totals"]["requests"] == 80
     assert result["server"]["runtime"] == "torch"
     totals = result["totals"]
     assert totals["answers_checked"] == totals["requests"], "every case of the workload has an answer"

@@ -6,6 +6,7 @@ import asyncio
 import json
 import socket
 import time
+from collections.abc import Sequence
 from typing import Any
 
 import httpx
@@ -14,7 +15,7 @@ import pytest
 from serve.config import Settings
 from serve.rest import RestServer
 from serve.service import ServiceSettings
-from tests.rest.harness import error_of, frames, http_post, served
+from tests.rest.harness import Served, error_of, frames, http_post, served
 from tests.service.scripted_runtime import ScriptedRuntime, scripted_service
 
 BODIES: dict[str, dict[str, Any]] = {
@@ -86,13 +87,15 @@ async def test_a_client_that_does_not_read_holds_up_nobody() -> None:
         body = {"instruction": "hello", "n": 32, "logprobs": 20, "stream": True, "ignore_eos": True, "max_tokens": 512}
         await asyncio.get_running_loop().sock_sendall(small, http_post("/v1/generate", json.dumps(body).encode()))
         await server.until_running()
-        await asyncio.sleep(0.5)
-        made = server.runtime.tokens_made
+        made = -1
+        async with asyncio.timeout(10):  # until all buffers between are full, and the request waits for its client
+            while made != server.runtime.tokens_made:
+                made = server.runtime.tokens_made
+                await asyncio.sleep(0.4)
+        assert 0 < made < 32 * 512
         begun = time.monotonic()
         assert (await server.generate(max_tokens=3))["outputs"][0]["finish_reason"] == "length"
         assert time.monotonic() - begun < 1
-        await asyncio.sleep(0.2)
-        assert server.runtime.tokens_made < made + 100  # it waits for the client
         small.close()
         await server.until_idle()
 
@@ -145,11 +148,11 @@ NO_HTTP: dict[str, bytes] = {
     "two lengths": b"POST /v1/generate HTTP/1.1\r\nHost: x\r\nContent-Length: 1\r\nContent-Length: 2\r\n\r\n{}",
     "a length that is none": b"POST /v1/generate HTTP/1.1\r\nHost: x\r\nContent-Length: five\r\n\r\n{}",
     "a negative length": b"POST /v1/generate HTTP/1.1\r\nHost: x\r\nContent-Length: -5\r\n\r\n{}",
-    "length and chunks": b"POST / HTTP/1.1\r\nHost: x\r\nContent-Length: 5\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n",
+    "length and chunks": b"POST / HTTP/1.1\r\nContent-Length: 5\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n",
     "bad chunks": b"POST /v1/generate HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\nZZ\r\n",
-    "a large head": b"GET /livez HTTP/1.1\r\nHost: x\r\nx-large: " + b"a" * 100_000 + b"\r\n\r\n",
-    "many headers": b"GET /livez HTTP/1.1\r\n" + b"x: y\r\n" * 50_000 + b"\r\n",
-    "a long path": b"GET /" + b"a" * 100_000 + b" HTTP/1.1\r\nHost: x\r\n\r\n",
+    "a large head": b"GET /livez HTTP/1.1\r\nHost: x\r\nx-large: " + b"a" * 66_000 + b"\r\n\r\n",
+    "many headers": b"GET /livez HTTP/1.1\r\n" + b"x: y\r\n" * 33_000 + b"\r\n",
+    "a long path": b"GET /" + b"a" * 66_000 + b" HTTP/1.1\r\nHost: x\r\n\r\n",
 }
 
 
@@ -180,7 +183,21 @@ async def test_small_replies_do_not_wait_for_an_acknowledgement() -> None:
             begun = time.monotonic()
             await server.generate()
             times.append(time.monotonic() - begun)
-        assert sorted(times)[10] < 0.035  # without TCP_NODELAY on the socket: 0.04
+        assert min(times) < 0.035  # without TCP_NODELAY on the socket each takes 0.04
+
+
+async def slowest_probe(server: Served, work: Sequence[asyncio.Task[httpx.Response]]) -> float:
+    """The most processor time, in seconds, between a probe and its answer while `work` goes on.
+
+    Processor time, because a busy machine stretches any other.
+    """
+    slowest = 0.0
+    while not all(task.done() for task in work):
+        begun = time.process_time()
+        assert (await server.http.get("/livez")).status_code == 200
+        slowest = max(slowest, time.process_time() - begun)
+        await asyncio.sleep(0.01)
+    return slowest
 
 
 async def test_probes_answer_while_large_bodies_are_read() -> None:
@@ -197,30 +214,16 @@ async def test_probes_answer_while_large_bodies_are_read() -> None:
         httpx.AsyncClient(base_url=server.http.base_url, timeout=60, trust_env=False) as other,
     ):
         posts = [asyncio.create_task(other.post(path, content=body)) for path, body in bodies.values()]
-        slowest = 0.0
-        while not all(post.done() for post in posts):
-            begun = time.monotonic()
-            assert (await server.http.get("/livez")).status_code == 200
-            slowest = max(slowest, time.monotonic() - begun)
-            await asyncio.sleep(0.01)
-        statuses = [(await post).status_code for post in posts]
-        assert statuses == [400, 400, 400, 400, 404]
-        assert slowest < 1
+        assert await slowest_probe(server, posts) < 0.5
+        assert [(await post).status_code for post in posts] == [400, 400, 400, 400, 404]
 
 
 async def test_a_large_response_does_not_hold_up_the_probes() -> None:
-    runtime = ScriptedRuntime(script=[5], tokens_per_delta=128)
-    async with served(runtime=runtime) as server:
-        body = {"instruction": "hello", "n": 64, "logprobs": 20, "max_tokens": 128, "ignore_eos": True}
+    async with served(runtime=ScriptedRuntime(script=[5], tokens_per_delta=64)) as server:
+        body = {"instruction": "hello", "n": 64, "logprobs": 20, "max_tokens": 64, "ignore_eos": True}
         post = asyncio.create_task(server.post("/v1/generate", body))
-        slowest = 0.0
-        while not post.done():
-            begun = time.monotonic()
-            assert (await server.http.get("/livez")).status_code == 200
-            slowest = max(slowest, time.monotonic() - begun)
-            await asyncio.sleep(0.01)
-        assert len(post.result().json()["outputs"][63]["logprobs"]) == 128
-        assert slowest < 0.5
+        assert await slowest_probe(server, [post]) < 0.5
+        assert len((await post).json()["outputs"][63]["logprobs"]) == 64
 
 
 class TestStop:

@@ -108,12 +108,13 @@ async def check_unavailable(server: Served, path: str, body: dict[str, Any]) -> 
 
 
 async def test_a_full_queue() -> None:
-    runtime = ScriptedRuntime([5], pace_seconds=0.01, max_running_sequences=1)
+    runtime = ScriptedRuntime([5], max_running_sequences=1)
+    runtime.freeze()
     limits = ServiceSettings(max_running_sequences=1, max_queued_requests=1)
     async with served(service=scripted_service(runtime=runtime, settings=limits), runtime=runtime) as server:
-        running = await server.raw_open({"instruction": "hello", "ignore_eos": True})
+        await server.raw_open({"instruction": "hello"})
         waiting = asyncio.create_task(server.post("/v1/generate", {"instruction": "hello", "max_tokens": 2}))
-        while server.service.requests_waiting < 1:
+        while server.service.requests_waiting < 2:  # the first one too: the frozen engine has not begun it
             await asyncio.sleep(0.005)
         for path, body in INFERENCE.items():
             if path == "/v1/tokenize":  # needs no place in the queue
@@ -122,7 +123,7 @@ async def test_a_full_queue() -> None:
             assert response.status_code == 429
             assert int(response.headers["retry-after"]) >= 1
             assert error_of(response)["code"] == "queue_full"
-        running.close()
+        runtime.thaw()
         assert (await waiting).status_code == 200
 
 

@@ -10,6 +10,7 @@ import pytest
 
 from serve.config import Settings
 from serve.request import Exemplar, Mode
+from serve.rest.request_fields import GENERATE_FIELDS
 from serve.service import ServiceSettings
 from tests.rest.harness import error_of, frames, http_post, served, text_of
 from tests.service.scripted_runtime import EOS, ScriptedRuntime, scripted_service
@@ -38,11 +39,26 @@ async def test_the_response_has_what_the_contract_names() -> None:
 async def test_every_field_reaches_the_service() -> None:
     async with served("yes") as server:
         fields: dict[str, Any] = {
-            **{"mode": "few_shot", "instruction": "one", "input": "two", "options": ["yes", "no"]},
-            **{"exemplars": [{"input": "cat", "output": "dog", "rationale": None}], "model": "default"},
-            **{"max_tokens": 9, "min_tokens": 1, "temperature": 1, "top_p": 0.5, "top_k": 3, "seed": -(2**63)},
-            **{"repetition_penalty": 1.5, "n": 2, "stop": "zz", "logprobs": 0, "ignore_eos": False},
-            **{"skip_special_tokens": False, "logit_bias": {"5": -100, "40": 0.5}, "debug": True},
+            "mode": "few_shot",
+            "instruction": "one",
+            "input": "two",
+            "options": ["yes", "no"],
+            "exemplars": [{"input": "cat", "output": "dog", "rationale": None}],
+            "model": "default",
+            "max_tokens": 9,
+            "min_tokens": 1,
+            "temperature": 1,
+            "top_p": 0.5,
+            "top_k": 3,
+            "seed": -(2**63),
+            "repetition_penalty": 1.5,
+            "n": 2,
+            "stop": "zz",
+            "logprobs": 0,
+            "ignore_eos": False,
+            "skip_special_tokens": False,
+            "logit_bias": {"5": -100, "40": 0.5},
+            "debug": True,
         }
         body = await server.generate(**fields)
         sampling = server.runtime.requests[0].sampling
@@ -65,10 +81,7 @@ async def test_every_field_reaches_the_service() -> None:
 
 async def test_null_is_absent_and_a_stop_list_may_be_empty() -> None:
     async with served("yes") as server:
-        nothing = dict.fromkeys(
-            ["mode", "input", "options", "exemplars", "exemplar_set", "num_exemplars", "samples", "max_tokens", "stop"]
-            + ["temperature", "top_p", "seed", "n", "logprobs", "stream", "model", "request_id", "debug", "logit_bias"]
-        )
+        nothing = dict.fromkeys(name for name in GENERATE_FIELDS if name != "instruction")
         assert (await server.generate(**nothing))["mode"] == "instruction"
         assert (await server.generate(stop=[], options=[], exemplars=[], logit_bias={}))["outputs"][0]["text"] == "yes"
 
@@ -198,12 +211,10 @@ async def test_the_head_of_a_stream_comes_at_acceptance() -> None:
 
 async def test_the_first_piece_comes_before_the_last_is_made() -> None:
     async with served("yes no yes no", runtime=ScriptedRuntime(pace_seconds=0.05)) as server:
-        arrived = []
         async with server.http.stream(
             "POST", "/v1/generate", json={"instruction": "hello", "stream": True}
         ) as response:
-            async for _ in response.aiter_bytes():
-                arrived.append(time.monotonic())
+            arrived = [time.monotonic() async for _ in response.aiter_bytes()]
         assert len(arrived) >= 4
         assert arrived[-1] - arrived[0] > 0.1
 
@@ -264,7 +275,12 @@ async def test_scores() -> None:
             "probability": pytest.approx(1 / (1 + 2.718281828 ** (-1))),
         }
         assert scores["best"] == 0
-        for wrong, field in [({"candidates": []}, "candidates"), ({}, "candidates"), ({"stream": True}, "stream")]:
+        mistakes: list[tuple[dict[str, Any], str]] = [
+            ({"candidates": []}, "candidates"),
+            ({}, "candidates"),
+            ({"candidates": ["x"], "stream": True}, "stream"),
+        ]
+        for wrong, field in mistakes:
             response = await server.post("/v1/score", {"instruction": "Is it?", **wrong})
             assert (response.status_code, error_of(response)["param"]) == (400, field)
 

@@ -6,10 +6,9 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any
 
-import httpx
 import openai
 import pytest
-from openai import AsyncOpenAI
+from openai import AsyncOpenAI, DefaultAsyncHttpxClient
 
 from serve.config import Settings
 from serve.service import ServiceSettings
@@ -18,6 +17,10 @@ from tests.service.scripted_runtime import ScriptedRuntime, scripted_service
 from tests.service.toy_tokenizers import byte_level, t5_like
 
 ANSWER = "The answer is 4."
+ROUTES: dict[str, dict[str, Any]] = {
+    "/v1/completions": {"prompt": "hello"},
+    "/v1/chat/completions": {"messages": [{"role": "user", "content": "hi"}]},
+}
 
 
 @asynccontextmanager
@@ -26,7 +29,7 @@ async def client_of(server: Served, key: str = "none", max_retries: int = 0) -> 
         base_url=f"http://127.0.0.1:{server.port}/v1",
         api_key=key,
         max_retries=max_retries,
-        http_client=httpx.AsyncClient(trust_env=False),
+        http_client=DefaultAsyncHttpxClient(trust_env=False),
     ) as client:
         yield client
 
@@ -139,10 +142,7 @@ async def test_chat_streams_equal_the_whole(name: str) -> None:
 
 async def test_usage_only_where_it_was_asked_for() -> None:
     async with served("yes no") as server:
-        for path, body in [
-            ("/v1/completions", {"prompt": "hello"}),
-            ("/v1/chat/completions", {"messages": [{"role": "user", "content": "hi"}]}),
-        ]:
+        for path, body in ROUTES.items():
             events = await server.stream(path, **body)
             assert events.pop() == "[DONE]"
             assert not any("usage" in event for event in events)
@@ -163,10 +163,7 @@ async def test_usage_only_where_it_was_asked_for() -> None:
 async def test_no_chunk_before_a_token_s_text() -> None:
     """A benchmark takes the first chunk with choices for the first token."""
     async with served(ANSWER, runtime=ScriptedRuntime(start_seconds=0.1)) as server:
-        for path, body in [
-            ("/v1/completions", {"prompt": "hello"}),
-            ("/v1/chat/completions", {"messages": [{"role": "user", "content": "hi"}]}),
-        ]:
+        for path, body in ROUTES.items():
             events = await server.stream(path, **body, stop=["The answer was"])
             first = events[0]["choices"][0]
             assert first["text"] if "text" in first else first["delta"]["content"]
@@ -259,9 +256,22 @@ async def test_the_bytes_of_a_token_that_is_no_text() -> None:
 
 async def test_vllm_s_extras_count_and_other_fields_do_not() -> None:
     async with served("yes no yes") as server:
-        extras = {"top_k": -1, "min_tokens": 2, "ignore_eos": True, "repetition_penalty": 1.1, "max_tokens": 9}
+        extras: dict[str, Any] = {
+            "top_k": -1,
+            "min_tokens": 2,
+            "ignore_eos": True,
+            "repetition_penalty": 1.1,
+            "max_tokens": 9,
+        }
         extras |= {"skip_special_tokens": False, "truncate_prompt_tokens": 3}
-        unknown = {"user": "me", "store": True, "metadata": {"a": [1]}, "best_of": None, "suffix": "", "x": {"y": 1}}
+        unknown: dict[str, Any] = {
+            "user": "me",
+            "store": True,
+            "metadata": {"a": [1]},
+            "best_of": None,
+            "suffix": "",
+            "x": {"y": 1},
+        }
         unknown |= {"presence_penalty": 0, "frequency_penalty": 0.0, "tools": [], "tool_choice": "none"}
         unknown |= {"response_format": {"type": "text"}, "parallel_tool_calls": True, "service_tier": "auto"}
         body = {"prompt": "the cat the dog the cat", **extras, **unknown}
@@ -333,16 +343,13 @@ REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
 
 async def test_refused_requests_name_the_field() -> None:
     async with served("yes") as server:
-        base = {
-            "completions": {"prompt": "hello"},
-            "chat/completions": {"messages": [{"role": "user", "content": "hi"}]},
-        }
         for name, (route, fields, param) in REFUSED.items():
-            response = await server.post(f"/v1/{route}", {**base[route], **fields})
+            path = f"/v1/{route}"
+            response = await server.post(path, {**ROUTES[path], **fields})
             assert response.status_code == 400, (name, response.text)
             error = error_of(response)
             assert (error["param"], error["code"]) == (param, "invalid"), (name, error)
-            good = await server.post(f"/v1/{route}", base[route])
+            good = await server.post(path, ROUTES[path])
             assert good.status_code == 200
         outcomes = await server.outcomes()
         assert outcomes == {"invalid": len(REFUSED), "stop": len(REFUSED)}
@@ -381,13 +388,10 @@ async def test_the_client_retries_a_full_queue() -> None:
 
 async def test_a_failed_output_is_an_error_and_no_finish_reason() -> None:
     async with served("yes no yes", runtime=ScriptedRuntime(fail_sequences={1: 2})) as server:
-        for path, body in [
-            ("/v1/completions", {"prompt": "hello", "n": 2}),
-            ("/v1/chat/completions", {"messages": [{"role": "user", "content": "hi"}], "n": 2}),
-        ]:
-            response = await server.post(path, body)
+        for path, body in ROUTES.items():
+            response = await server.post(path, {**body, "n": 2})
             assert (response.status_code, error_of(response)["code"]) == (500, "engine_failure")
-            events = await server.stream(path, **body)
+            events = await server.stream(path, **body, n=2)
             assert events[-1]["error"]["code"] == "engine_failure"
         native = await server.generate(n=2)
         assert [output["finish_reason"] for output in native["outputs"]] == ["stop", "error"]
@@ -396,8 +400,6 @@ async def test_a_failed_output_is_an_error_and_no_finish_reason() -> None:
 async def test_the_client_raises_on_an_error_in_a_stream() -> None:
     async with served("yes no yes", runtime=ScriptedRuntime(fail_at_step=2)) as server, client_of(server) as client:
         stream = await client.completions.create(model="scripted", prompt="x", stream=True)
-        texts = []
-        with pytest.raises(openai.APIError, match="failed|death"):
-            async for chunk in stream:
-                texts.append(chunk.choices[0].text)
-        assert texts
+        assert (await anext(stream)).choices[0].text
+        with pytest.raises(openai.APIError, match=r"fail|death"):
+            [chunk async for chunk in stream]
