@@ -6,11 +6,24 @@ runtime. Nothing else converts between them (parse, don't validate).
 
 from __future__ import annotations
 
+import re
+import secrets
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Literal
 
 from serve.sampling_params import SamplingFields, SamplingParams
+
+_REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
+
+
+def is_request_id(text: str) -> bool:
+    """Whether a caller may name its request so: 1 to 128 characters of A-Z a-z 0-9 . _ : -"""
+    return _REQUEST_ID.fullmatch(text) is not None
+
+
+def new_request_id() -> str:
+    return f"req-{secrets.token_hex(12)}"
 
 
 class Mode(StrEnum):

@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-import secrets
 import time
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -22,7 +21,7 @@ from serve.metrics import Metrics, Outcome, RequestTracker
 from serve.output import Completion, Scores, Tokenization
 from serve.prepare import num_characters, prepare, prepare_score
 from serve.prompt_fitting import PrepareContext
-from serve.request import GenerateRequest, Mode, ScoreRequest
+from serve.request import GenerateRequest, Mode, ScoreRequest, new_request_id
 from serve.response_stream import ENGINE_DEAD, ResponseStream, StreamContext, departure, out_of_time
 from serve.runtimes.base import Runtime, RuntimeInfo
 from serve.sampling_params import SamplingDefaults
@@ -270,7 +269,7 @@ class Service:
 
     def _accept(self, request: GenerateRequest | ScoreRequest, tracker: RequestTracker) -> _Loaded:
         tracker.mode = request.mode
-        made = f"req-{secrets.token_hex(12)}"
+        made = new_request_id()
         tracker.request_id = made if request.request_id is None else request.request_id
         self._look_at_engine()
         self.admission.check()

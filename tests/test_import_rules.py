@@ -28,6 +28,7 @@ class Rule:
 RULES = (
     *(Rule(name, DOMAIN) for name in DOMAIN),
     Rule("serve.config", DOMAIN),
+    Rule("serve.api_keys", DOMAIN),
     Rule("serve.checkpoint", DOMAIN, ("huggingface_hub",)),
     Rule("serve.prompts", (*DOMAIN, "serve.prompts")),
     Rule("serve.tokenizer", (*DOMAIN, "serve.detokenizer", "serve.chat_template"), ("tokenizers", "transformers")),
@@ -38,6 +39,7 @@ RULES = (
     Rule("serve.engine", (*DOMAIN, "serve.config", "serve.engine"), ("torch", "safetensors", "numpy", "triton")),
     Rule("serve.runtimes", (*DOMAIN, "serve.runtimes")),
     Rule("serve.runtimes.torch_runtime", (*DOMAIN, "serve.runtimes", "serve.engine"), ("torch",)),
+    Rule("serve.vllm_t5", ("serve.vllm_t5",), ("torch", "transformers", "triton", "vllm")),
     *(
         Rule(
             name,
@@ -76,13 +78,23 @@ RULES = (
     ),
     Rule(
         "serve.rest",
-        (*DOMAIN, "serve.config", "serve.metrics", "serve.service", "serve.admission", "serve.telemetry", "serve.rest"),
+        (
+            *DOMAIN,
+            "serve.api_keys",
+            "serve.config",
+            "serve.metrics",
+            "serve.service",
+            "serve.admission",
+            "serve.telemetry",
+            "serve.rest",
+        ),
         ("fastapi", "starlette", "uvicorn", "pydantic"),
     ),
     Rule(
         "serve.rpc",
         (
             *DOMAIN,
+            "serve.api_keys",
             "serve.config",
             "serve.metrics",
             "serve.service",

@@ -17,7 +17,7 @@ from serve.rest.json_text import Json, parse_object
 from serve.rest.protocol import CLOSE_AFTER_RESPONSE
 from serve.rest.request_id import RequestId
 from serve.rest.respond import JSON_TYPE, refuse, respond
-from serve.rest.sse import EventStream, to_event
+from serve.rest.sse import EventStream
 
 TIMEOUT_HEADER = "x-request-timeout-ms"
 _TIMEOUT = re.compile(r"[0-9]{1,12}")
@@ -42,7 +42,8 @@ class Call:
         self._send = send
         self._max_body_bytes = int(settings.max_body_mib * 2**20)
         self._keepalive_seconds = settings.keepalive_seconds
-        self._has_begun = False  # the response's head is sent
+        self._has_replied = False
+        self._events: EventStream | None = None
 
     async def read(self, to_request: Callable[[Json], T]) -> T:
         """The body, parsed and given to `to_request`.
@@ -90,25 +91,24 @@ class Call:
                     task.exception()  # of nobody's interest any more, but asyncio reports one that is never looked at
 
     async def reply(self, body: bytes, *, content_type: bytes = JSON_TYPE) -> None:
-        self._has_begun = True
+        self._has_replied = True
         await respond(self._send, 200, body, [(b"content-type", content_type)])
 
     def events(self) -> EventStream:
         """Begin an event stream; `refuse` knows how to end it."""
-        self._has_begun = True
-        return EventStream(self._send, keepalive_seconds=self._keepalive_seconds)
+        self._events = EventStream(self._send, keepalive_seconds=self._keepalive_seconds)
+        return self._events
 
     async def refuse(self, error: ServeError) -> None:
         """Tell the client of the error: as a response, or as the last frame of a stream, whose connection then ends."""
-        if not self._has_begun:
-            self._has_begun = True
+        if self._events is not None:
+            close_after_response: Callable[[], None] | None = self.scope.get("state", {}).get(CLOSE_AFTER_RESPONSE)
+            if close_after_response is not None:
+                close_after_response()
+            await self._events.fail(errors.to_body(error))
+        elif not self._has_replied:
+            self._has_replied = True
             await refuse(self._send, error)
-            return
-        close_after_response: Callable[[], None] | None = self.scope.get("state", {}).get(CLOSE_AFTER_RESPONSE)
-        if close_after_response is not None:
-            close_after_response()
-        event = to_event(errors.to_body(error))
-        await self._send({"type": "http.response.body", "body": event, "more_body": False})
 
     async def _read_body(self) -> bytes:
         declared = self.headers.get("content-length")

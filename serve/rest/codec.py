@@ -8,11 +8,10 @@ from typing import Any
 
 from serve.errors import InvalidRequest
 from serve.output import Completion, Output, Scores, TextDelta, TextLogprob, Timings, Tokenization, Usage, Vote
-from serve.request import Exemplar, GenerateRequest, Mode, ScoreRequest
+from serve.request import Exemplar, GenerateRequest, Mode, ScoreRequest, is_request_id
 from serve.rest.fields import parse
 from serve.rest.json_text import Json, dump, dump_with
 from serve.rest.request_fields import GENERATE_FIELDS, SCORE_FIELDS, TOKENIZE_FIELDS
-from serve.rest.request_id import is_valid
 from serve.sampling_params import SamplingFields
 from serve.service import ModelCard
 
@@ -165,7 +164,7 @@ def _with_prompt_types(said: Json) -> dict[str, Any]:
             said[name] = tuple(said[name])
     if "exemplars" in said:
         said["exemplars"] = tuple(Exemplar(**exemplar) for exemplar in said["exemplars"])
-    if "request_id" in said and not is_valid(said["request_id"]):
+    if "request_id" in said and not is_request_id(said["request_id"]):
         raise InvalidRequest("request_id must be 1 to 128 characters of A-Z a-z 0-9 . _ : -", field="request_id")
     return said
 

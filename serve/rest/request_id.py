@@ -2,23 +2,13 @@
 
 from __future__ import annotations
 
-import re
-import secrets
-
 from starlette.datastructures import Headers
 from starlette.types import Scope
 
+from serve.request import is_request_id, new_request_id
+
 HEADER = "x-request-id"
-_VALID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
 _STATE_KEY = "request_id"
-
-
-def is_valid(text: str) -> bool:
-    return _VALID.fullmatch(text) is not None
-
-
-def new_request_id() -> str:
-    return f"req-{secrets.token_hex(12)}"
 
 
 class RequestId:
@@ -27,7 +17,7 @@ class RequestId:
     def __init__(self, scope: Scope) -> None:
         given = Headers(scope=scope).get(HEADER)
         # An invalid one may be a proxy's doing and is passed over.
-        self._is_callers = given is not None and is_valid(given)
+        self._is_callers = given is not None and is_request_id(given)
         self.value = given if given is not None and self._is_callers else new_request_id()
 
     @classmethod

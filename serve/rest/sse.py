@@ -43,6 +43,7 @@ class EventStream:
         self._keepalive_seconds = keepalive_seconds
         self._last_write = 0.0
         self._keeper: asyncio.Task[None] | None = None
+        self._is_over = False
 
     async def __aenter__(self) -> Self:
         await self._send({"type": "http.response.start", "status": 200, "headers": list(HEADERS)})
@@ -60,8 +61,16 @@ class EventStream:
 
     async def end(self, frame: Json | None = None) -> None:
         """The last frame, if there is one, and `[DONE]`."""
+        await self._finish(_DONE if frame is None else to_event(frame) + _DONE)
+
+    async def fail(self, frame: Json) -> None:
+        """The error frame, without `[DONE]`; nothing where the stream is over already."""
+        if not self._is_over:
+            await self._finish(to_event(frame))
+
+    async def _finish(self, last: bytes) -> None:
         self._stop_keeper()
-        last = _DONE if frame is None else to_event(frame) + _DONE
+        self._is_over = True
         await self._send({"type": "http.response.body", "body": last, "more_body": False})
 
     async def _write(self, data: bytes) -> None:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import hmac
 from collections.abc import Awaitable, Callable, Iterable, Mapping
 from typing import Any
 
 import grpc
 
+from serve.api_keys import ApiKeys
 from serve.errors import Unauthorized
 from serve.metrics import Metrics, Protocol, Route
 from serve.rpc.errors import abort
@@ -24,7 +24,7 @@ class KeyInterceptor(grpc.aio.ServerInterceptor):
     """
 
     def __init__(self, keys: Iterable[str], routes: Mapping[str, Route], metrics: Metrics) -> None:
-        self._keys = tuple(key.encode() for key in keys)
+        self._keys = ApiKeys(keys)
         self._routes = routes
         self._metrics = metrics
 
@@ -42,10 +42,7 @@ class KeyInterceptor(grpc.aio.ServerInterceptor):
 
     def _accepts(self, metadata: Iterable[tuple[str, str | bytes]]) -> bool:
         given = next((value for key, value in metadata if key == "authorization"), "")
-        scheme, _, key = (given if isinstance(given, bytes) else given.encode()).strip().partition(b" ")
-        # Every key is compared, so that the time taken says nothing about which one came close.
-        matches = [hmac.compare_digest(key.lstrip(), valid) for valid in self._keys]
-        return scheme.lower() == b"bearer" and any(matches)
+        return self._keys.accept(given if isinstance(given, bytes) else given.encode())
 
 
 async def _refuse(_: object, context: grpc.aio.ServicerContext[bytes, bytes]) -> None:

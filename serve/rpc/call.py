@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import re
-import secrets
 from collections.abc import AsyncIterator
 from typing import NoReturn, TypeVar
 
@@ -11,11 +9,11 @@ import grpc
 from google.protobuf.message import Message
 
 from serve.errors import Cancelled, InvalidRequest, ServeError, TooLarge
+from serve.request import is_request_id, new_request_id
 from serve.rpc import codec
 from serve.rpc.errors import abort
 
 REQUEST_ID_KEY = "x-request-id"
-_REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
 _LEAD_SECONDS = 0.005
 _CLOCK_TOLERANCE_SECONDS = 0.05  # the client's own deadline ends a call a moment before ours does
 
@@ -57,7 +55,7 @@ class Call:
         """
         metadata = self._context.invocation_metadata() or ()
         given = next((value for key, value in metadata if key == REQUEST_ID_KEY), None)
-        if not (isinstance(given, str) and _REQUEST_ID.fullmatch(given)):
+        if not (isinstance(given, str) and is_request_id(given)):
             given = check_request_id(in_message) if in_message else new_request_id()
         self._named = True
         await self._context.send_initial_metadata(((REQUEST_ID_KEY, given),))
@@ -106,10 +104,6 @@ class Call:
 
 
 def check_request_id(text: str) -> str:
-    if not _REQUEST_ID.fullmatch(text):
+    if not is_request_id(text):
         raise InvalidRequest("request_id must be 1 to 128 characters of A-Z a-z 0-9 . _ : -", field="request_id")
     return text
-
-
-def new_request_id() -> str:
-    return f"req-{secrets.token_hex(12)}"

@@ -15,8 +15,9 @@ from protos.flan.v1 import generation_pb2 as pb
 from serve.errors import EngineFailure, ServeError, TooLarge, Unavailable
 from serve.metrics import Protocol, Route
 from serve.output import Completion
+from serve.request import new_request_id
 from serve.rpc import codec
-from serve.rpc.call import Call, check_request_id, new_request_id
+from serve.rpc.call import Call, check_request_id
 from serve.service import Service
 
 logger = logging.getLogger(__name__)

@@ -20,8 +20,8 @@ START_SECONDS = 60.0
 
 
 def make_checkpoint(folder: Path, *, seed: int = 0) -> Path:
-    """A small random T5 1.1 checkpoint with a T5-like tokenizer: 2 + 2 layers, 128 rows of vocabulary."""
-    make_t5_checkpoint(folder, "t5_v1_1", vocab_size=128, seed=seed)
+    """A small random T5 1.1 checkpoint with a T5-like tokenizer: 2 + 2 layers, 160 rows of vocabulary."""
+    make_t5_checkpoint(folder, "t5_v1_1", vocab_size=160, seed=seed)
     (folder / "tokenizer.json").write_text(t5_like_spec(), encoding="utf-8")
     return folder
 

@@ -57,7 +57,7 @@ ERRORS: dict[str, tuple[dict[str, Any], type[ServeError], str | None]] = {
     "empty stop": ({"instruction": "x", "stop": [""]}, InvalidRequest, "stop"),
     "17 stops": ({"instruction": "x", "stop": [str(n) for n in range(17)]}, InvalidRequest, "stop"),
     "logprobs": ({"instruction": "x", "logprobs": 21}, InvalidRequest, "logprobs"),
-    "logit_bias id": ({"instruction": "x", "logit_bias": {120: 1.0}}, InvalidRequest, "logit_bias"),
+    "logit_bias id": ({"instruction": "x", "logit_bias": {139: 1.0}}, InvalidRequest, "logit_bias"),
     "logit_bias value": ({"instruction": "x", "logit_bias": {5: 101.0}}, InvalidRequest, "logit_bias"),
     "too long": ({"instruction": "cat " * 3000}, InvalidRequest, "instruction"),
     "NUL": ({"instruction": "x\0y"}, InvalidRequest, "instruction"),

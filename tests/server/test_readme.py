@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -84,7 +85,7 @@ def test_each_python_example_prints_an_answer(demo: ServerProcess, program: str,
     assert done.stdout.strip()
 
 
-TASKS = [
+TASKS: list[tuple[dict[str, Any], str]] = [
     ({"instruction": "Which of these is not like the others?", "input": "table, lettuce, cabbage, potato"}, "table"),
     ({"mode": "cot", "instruction": "What is the sum of 50 and 32?"}, "82"),
     (
@@ -116,7 +117,10 @@ def test_the_demo_does_its_tasks(demo: ServerProcess, protocol: str) -> None:
 
 
 def test_the_score_of_a_greedy_output_is_the_sum_of_its_logprobs(demo: ServerProcess) -> None:
-    fields = {"instruction": "Is this review positive or negative?", "input": "I loved the show, it was friendly."}
+    fields: dict[str, Any] = {
+        "instruction": "Is this review positive or negative?",
+        "input": "I loved the show, it was friendly.",
+    }
     with FlanClient(demo.rest_url) as client:
         output = client.generate(**fields, logprobs=0).outputs[0]
         assert output.logprobs is not None
