@@ -17,8 +17,9 @@ RUN --mount=type=cache,target=/root/.cache/pip \
 
 # -- dependencies: what serving needs, in a venv, from pyproject.toml alone ------------------------------------------
 FROM ${BASE_IMAGE} AS dependencies
-# The torch index: its CPU builds by default. An empty value takes the package index's own build (CUDA on x86-64).
-ARG TORCH_INDEX_URL=https://download.pytorch.org/whl/cpu
+# Where torch comes from. Empty: the package index's own build, with CUDA on x86-64 (several GB). The index of CPU
+# builds that PyTorch's installation page names makes an image of about 1.4 GB.
+ARG TORCH_INDEX_URL=
 RUN python3 -m venv /opt/venv
 WORKDIR /build
 COPY pyproject.toml ./

@@ -24,7 +24,7 @@ from tests.service.toy_tokenizers import (
     t5_like_spec,
 )
 
-T5_FOLDER = Path("/work/shared/data/tokenizer/t5")
+T5_FOLDER = Path(__file__).parents[3] / "shared" / "data" / "tokenizer" / "t5"
 needs_t5 = pytest.mark.skipif(not (T5_FOLDER / "tokenizer.json").is_file(), reason="no T5 tokenizer here")
 
 
