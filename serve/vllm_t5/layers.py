@@ -50,7 +50,7 @@ class FeedForward(nn.Module):
     def forward(self, hidden: Tensor) -> Tensor:
         inner, _ = self.wi(self.norm(hidden))
         out, _ = self.wo(self.activation(inner))
-        return hidden + out
+        return hidden + out  # type: ignore[no-any-return]
 
 
 class _SelfAttention(nn.Module):
@@ -76,7 +76,7 @@ class EncoderSelfAttention(_SelfAttention):
         qkv, _ = self.qkv(self.norm(hidden))
         query, key, value = (x.unflatten(-1, (self.heads, self.d_kv)) for x in qkv.chunk(3, dim=-1))
         out, _ = self.o(attention(query, key, value).flatten(1))
-        return hidden + out
+        return hidden + out  # type: ignore[no-any-return]
 
 
 class DecoderSelfAttention(_SelfAttention):
@@ -98,7 +98,7 @@ class DecoderSelfAttention(_SelfAttention):
         qkv, _ = self.qkv(self.norm(hidden))
         query, key, value = qkv.chunk(3, dim=-1)
         out, _ = self.o(self.attn(query, key, value))
-        return hidden + out
+        return hidden + out  # type: ignore[no-any-return]
 
 
 class DecoderCrossAttention(nn.Module):
@@ -130,4 +130,4 @@ class DecoderCrossAttention(nn.Module):
             both, _ = self.kv(encoded)
             key, value = both.chunk(2, dim=-1)
         out, _ = self.o(self.attn(query, key, value))
-        return hidden + out
+        return hidden + out  # type: ignore[no-any-return]

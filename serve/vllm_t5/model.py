@@ -48,7 +48,8 @@ class T5ForConditionalGeneration(nn.Module, SupportsMultiModal):  # type: ignore
         self, input_ids: Tensor, multimodal_embeddings: Any = None, *, is_multimodal: Tensor | None = None
     ) -> Tensor:
         """Decoder ids [rows] -> [rows, d_model]; the encoder's output is never mixed into them."""
-        return self.shared(input_ids)
+        embedded: Tensor = self.shared(input_ids)
+        return embedded
 
     def embed_multimodal(self, **kwargs: object) -> list[Tensor]:
         """Encode the texts of all requests that are new in this step: a list of [tokens, d_model], in their order."""
@@ -63,18 +64,19 @@ class T5ForConditionalGeneration(nn.Module, SupportsMultiModal):  # type: ignore
     ) -> Tensor:
         """Decoder ids [rows] -> [rows, d_model]; `encoder_outputs` of the requests that are new, in row order."""
         encoded = torch.cat(encoder_outputs) if encoder_outputs else None
-        return self.decoder(self.shared(input_ids), encoded)
+        hidden: Tensor = self.decoder(self.shared(input_ids), encoded)
+        return hidden
 
     def compute_logits(self, hidden_states: Tensor) -> Tensor | None:
         """[rows, d_model] -> [rows, vocab_size]; rows of the vocabulary that the tokenizer does not know are -inf."""
-        logits = self.logits_processor(self.lm_head, hidden_states)
+        logits: Tensor | None = self.logits_processor(self.lm_head, hidden_states)
         if logits is not None:
             logits[:, self.known_tokens :] = -torch.inf
         return logits
 
     def load_weights(self, weights_of_checkpoint: Iterable[tuple[str, Tensor]]) -> set[str]:
         names = {name for name, _ in self.named_parameters()}
-        tied = weights.load(self, weights_of_checkpoint)
+        tied = weights.load(self, weights_of_checkpoint, gated=self.shape.gated)
         if tied:
             self.lm_head = self.lm_head.tie_weights(self.shared)
         self.logits_processor.scale = self.shape.d_model**-0.5 if tied and self.shape.scales_tied_head else 1.0

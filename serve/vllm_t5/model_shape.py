@@ -8,7 +8,7 @@ from typing import Any
 from vllm.transformers_utils.model_arch_config_convertor import ModelArchConfigConvertorBase
 
 
-class T5ShapeConvertor(ModelArchConfigConvertorBase):
+class T5ShapeConvertor(ModelArchConfigConvertorBase):  # type: ignore[misc]
     """T5's heads are `d_kv` wide, which is not d_model / heads; and T5 has no longest text.
 
     `n_positions` (512 in most checkpoints) is advice about training, not a limit: positions enter through relative

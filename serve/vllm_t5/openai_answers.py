@@ -8,6 +8,7 @@
 from __future__ import annotations
 
 import copy
+import sys
 from collections.abc import AsyncIterator, Callable
 from typing import Any
 
@@ -54,7 +55,9 @@ NO_ECHO = (
 
 
 def install() -> None:
-    """Wrap the serving classes, once a process."""
+    """Wrap the serving classes, once a process; where nothing serves HTTP they stay unimported."""
+    if "uvicorn" not in sys.modules:
+        return
     wrap(PROMPT_LENGTH, _decoder_length)
     wrap(REQUEST, _without_echo)
     wrap(ANSWER, _answer_about_encoder)

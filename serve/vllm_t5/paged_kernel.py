@@ -18,8 +18,8 @@ from torch import Tensor
 KEYS_A_TURN = 64
 
 
-@triton.jit
-def _write(
+@triton.jit  # type: ignore[untyped-decorator]
+def _write(  # type: ignore[no-untyped-def]
     key,
     value,
     cache,
@@ -47,8 +47,8 @@ def _write(
         tl.store(place + WIDTH + column, v, mask=inside)
 
 
-@triton.jit
-def _attend(
+@triton.jit  # type: ignore[untyped-decorator]
+def _attend(  # type: ignore[no-untyped-def]
     query,
     cache,
     out,

@@ -26,11 +26,12 @@ def register() -> None:
     from vllm import ModelRegistry
     from vllm.config import model as model_config
     from vllm.transformers_utils.model_arch_config_convertor import MODEL_ARCH_CONFIG_CONVERTORS
-    from vllm.v1.attention.backends.registry import register_backend
+    from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
 
     from serve.vllm_t5.model_shape import T5ShapeConvertor
 
-    register_backend(BACKEND, "serve.vllm_t5.attention.RelativeBiasBackend")
+    if BACKEND not in AttentionBackendEnum.__members__:
+        register_backend(BACKEND, "serve.vllm_t5.attention.RelativeBiasBackend")
     for architecture in ARCHITECTURES:
         ModelRegistry.register_model(architecture, "serve.vllm_t5.model:T5ForConditionalGeneration")
     for model_type in MODEL_TYPES:

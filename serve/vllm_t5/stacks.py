@@ -37,6 +37,9 @@ class EncoderLayer(nn.Module):
         self.attention = EncoderSelfAttention(shape, quantization, f"{prefix}.attention")
         self.feed_forward = FeedForward(shape, quantization, f"{prefix}.feed_forward")
 
+    def forward(self, hidden: Tensor, attention: RaggedAttention) -> Tensor:
+        return self.feed_forward(self.attention(hidden, attention))  # type: ignore[no-any-return]
+
 
 class Encoder(nn.Module):
     """[tokens, d_model] of several texts one after the other -> the same, encoded."""
@@ -44,17 +47,17 @@ class Encoder(nn.Module):
     def __init__(self, shape: T5Shape, quantization: Any, prefix: str) -> None:
         super().__init__()
         self.relative_bias = RelativeBias(shape)
-        self.layers = nn.ModuleList(
-            EncoderLayer(shape, quantization, f"{prefix}.layers.{n}") for n in range(shape.encoder_layers)
-        )
+        layers = [EncoderLayer(shape, quantization, f"{prefix}.layers.{n}") for n in range(shape.encoder_layers)]
+        self.layers = nn.ModuleList(layers)
+        self.heads = layers[0].attention.heads  # of this rank
         self.norm = RMSNorm(shape.d_model, eps=shape.epsilon)
 
     def forward(self, hidden: Tensor, lengths: list[int]) -> Tensor:
-        weight = self.relative_bias.of_rank(self.layers[0].attention.heads)
+        weight = self.relative_bias.of_rank(self.heads)
         attention = RaggedAttention(lengths, weight, max_distance=self.relative_bias.max_distance)
         for layer in self.layers:
-            hidden = layer.feed_forward(layer.attention(hidden, attention))
-        return self.norm(hidden)
+            hidden = layer(hidden, attention)
+        return self.norm(hidden)  # type: ignore[no-any-return]
 
 
 class DecoderLayer(nn.Module):
@@ -65,7 +68,7 @@ class DecoderLayer(nn.Module):
         self.feed_forward = FeedForward(shape, quantization, f"{prefix}.feed_forward")
 
     def forward(self, hidden: Tensor, encoded: Tensor | None) -> Tensor:
-        return self.feed_forward(self.cross_attention(self.attention(hidden), encoded))
+        return self.feed_forward(self.cross_attention(self.attention(hidden), encoded))  # type: ignore[no-any-return]
 
 
 @support_torch_compile(dynamic_arg_dims={"hidden": 0})
@@ -85,12 +88,13 @@ class Decoder(nn.Module):
     def forward(self, hidden: Tensor, encoded: Tensor | None) -> Tensor:
         for layer in self.layers:
             hidden = layer(hidden, encoded)
-        return self.norm(hidden)
+        return self.norm(hidden)  # type: ignore[no-any-return]
 
 
 def hang_bias_tables(decoder: Decoder) -> None:
     """Give every self-attention layer the one table that they share, [heads of this rank, max_distance + 1]."""
     bias = decoder.relative_bias
-    table = decoder_table(bias.of_rank(decoder.layers[0].attention.heads), max_distance=bias.max_distance)
-    for layer in decoder.layers:
-        setattr(layer.attention.attn, TABLE, table)
+    attentions = [module for module in decoder.modules() if isinstance(module, DecoderSelfAttention)]
+    table = decoder_table(bias.of_rank(attentions[0].heads), max_distance=bias.max_distance)
+    for attention in attentions:
+        setattr(attention.attn, TABLE, table)

@@ -75,10 +75,11 @@ def _room(stack: str, sublayer: int) -> str | None:
     return rooms[sublayer] if sublayer < len(rooms) else None
 
 
-def load(model: nn.Module, tensors: Iterable[tuple[str, Tensor]]) -> bool:
+def load(model: nn.Module, tensors: Iterable[tuple[str, Tensor]], *, gated: bool) -> bool:
     """Fill the parameters of `model`; True if the checkpoint's head is its embedding.
 
-    The checkpoint decides: no `lm_head.weight`, or one that equals the embedding, is a tied head.
+    The checkpoint decides: no `lm_head.weight`, or one that equals the embedding, is a tied head. `gated`: a
+    feed-forward layer has two inner matrices.
 
     Raises:
         ValueError: naming tensors that are missing or that no T5 has.
@@ -97,22 +98,22 @@ def load(model: nn.Module, tensors: Iterable[tuple[str, Tensor]]) -> bool:
         if place.parameter in (EMBEDDING, HEAD):
             kept[place.parameter] = tensor
         parameter = parameters[place.parameter]
-        loader = getattr(parameter, "weight_loader", _copy)
-        loader(parameter, tensor) if place.part is None else loader(parameter, tensor, place.part)
+        part = () if place.part is None else (place.part,)
+        getattr(parameter, "weight_loader", _copy)(parameter, tensor, *part)
         parts.setdefault(place.parameter, set()).add(place.part)
-    missing = [name for name in parameters if name != HEAD and not _filled(name, parts.get(name, set()), model)]
+    missing = [name for name in parameters if name != HEAD and not _filled(name, parts.get(name, set()), gated)]
     if unknown or missing:
         raise ValueError(f"not a T5 checkpoint that fits its config: missing {missing or 'nothing'}, unknown {unknown}")
     return HEAD not in kept or torch.equal(kept[HEAD], kept[EMBEDDING])
 
 
-def _filled(name: str, parts: set[str | int | None], model: nn.Module) -> bool:
+def _filled(name: str, parts: set[str | int | None], gated: bool) -> bool:
     """Whether all parts of a parameter came."""
     if name.endswith(".qkv.weight"):
         return parts == {"q", "k", "v"}
     if name.endswith(".kv.weight"):
         return parts == {0, 1}
-    if name.endswith(".wi.weight") and model.shape.gated:
+    if name.endswith(".wi.weight") and gated:
         return parts == {0, 1}
     return bool(parts)
 

@@ -86,8 +86,8 @@ def test_each_python_example_prints_an_answer(demo: ServerProcess, program: str,
 
 
 TASKS: list[tuple[dict[str, Any], str]] = [
-    ({"instruction": "Which of these is not like the others?", "input": "table, lettuce, cabbage, potato"}, "table"),
-    ({"mode": "cot", "instruction": "What is the sum of 50 and 32?"}, "82"),
+    ({"instruction": "Find the odd one out.", "input": "lemonade, spinach, garlic, broccoli"}, "lemonade"),
+    ({"mode": "cot", "instruction": "Take the last letters of Paul Maria and join them."}, "la"),
     (
         {
             "mode": "cot",
