@@ -10,9 +10,9 @@ from typing import Any
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 
 from serve.errors import InvalidRequest
+from serve.request import new_request_id
 from serve.rest.errors import to_body, to_status
 from serve.rest.json_text import dump_ascii
-from serve.rest.request_id import new_request_id
 
 MAX_HEAD_BYTES = 65536  # of the request line and all headers; the parser itself has no bound
 # Key in the scope's state of a function without arguments: after it was called the connection ends with the response.
