@@ -44,7 +44,7 @@ def test_every_shipped_config_is_read() -> None:
         config = load_config(path, init="model" if path.stem.startswith("flan_t5") else None)
         assert config.total_steps > 0
         for phase in config.phases:
-            assert phase.mixture in {"demo", "smoke", "flan2022"}
+            assert phase.mixture in {"demo", "demo_focus", "smoke", "flan2022"}
         assert config.tokenizer is None or (Path(config.tokenizer) / "tokenizer.json").is_file()
 
 

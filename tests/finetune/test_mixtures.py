@@ -177,9 +177,11 @@ def test_draws_depend_on_the_seed() -> None:
 def test_shipped_mixtures_load_and_hold_what_they_promise() -> None:
     tasks = load_tasks(load_templates())
     names = sorted(path.stem for path in MIXTURES_DIR.glob("*.toml"))
-    assert names == ["demo", "flan2022", "smoke"]
+    assert names == ["demo", "demo_focus", "flan2022", "smoke"]
     specs = {name: load_mixture(name, tasks) for name in names}
     assert specs["demo"].permissive_only
+    assert specs["demo_focus"].permissive_only
+    assert {member.task for member in specs["demo_focus"].members} == {member.task for member in specs["demo"].members}
     sizes = dict.fromkeys(tasks, 100)
     by_submixture: Counter[str] = Counter()
     for name, weight in effective_weights(specs["flan2022"], sizes).items():
