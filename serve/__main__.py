@@ -23,7 +23,8 @@ from serve.metrics import Metrics
 from serve.rest.server import RestServer
 from serve.rpc.server import RpcServer
 from serve.runtimes import choose, load_class
-from serve.runtimes.base import Runtime
+from serve.runtimes.base import HasMetrics, Runtime
+from serve.runtimes.runtime_args import Value, parse_runtime_args
 from serve.service import Service, ServiceSettings
 from serve.tokenizer import Tokenizer
 
@@ -51,6 +52,10 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 async def serve(settings: Settings) -> int:
     """Serve until SIGTERM or SIGINT; returns the exit code."""
+    _, problems = parse_runtime_args(settings.runtime_args)
+    if problems:
+        print("\n".join(f"flan-serve: {line}" for line in problems), file=sys.stderr)
+        return EXIT_CONFIG
     try:
         service = make_service(settings)
     except ExemplarError as error:
@@ -112,19 +117,48 @@ async def load(settings: Settings, service: Service) -> Runtime:
     folder = await asyncio.to_thread(checkpoint.find, settings.model)
     found = checkpoint.inspect(folder, checkpoint.served_name(settings.model))
     tokenizer = await asyncio.to_thread(Tokenizer.load, folder)
-    runtime: Runtime = load_class(choose(settings.runtime, found.model_type))(
-        folder,
-        device=settings.device,
-        dtype=settings.dtype,
-        max_running_sequences=settings.max_running_sequences,
-        encode_tokens_per_step=settings.encode_tokens_per_step,
-        vocab_limit=tokenizer.size,
-        on_step=service.metrics.observe_step,
-        trust_checkpoint=settings.trust_checkpoint,
-    )
+    runtime = await asyncio.to_thread(make_runtime, settings, found, tokenizer, service.metrics)
     await runtime.start()
+    if isinstance(runtime, HasMetrics):
+        service.metrics.join(runtime.metrics_registry)
     root = str(folder) if settings.model is None else settings.model
-    service.attach(runtime, tokenizer, generation_config=found.generation_defaults, root=root)
+    service.attach(
+        runtime,
+        tokenizer,
+        generation_config=found.generation_defaults,
+        root=root,
+        in_chat=found.prompt_format_version is None,
+    )
+    return runtime
+
+
+def make_runtime(settings: Settings, found: checkpoint.Checkpoint, tokenizer: Tokenizer, metrics: Metrics) -> Runtime:
+    """The runtime that suits the checkpoint; imports what it needs, which may take seconds.
+
+    Raises:
+        CheckpointError: there is none.
+    """
+    from serve.runtimes.torch_runtime import resolve_device  # imports torch
+
+    device = resolve_device(settings.device)
+    choice = choose(settings.runtime, found.model_type, is_encoder_decoder=found.is_encoder_decoder, device=device)
+    _log.info("runtime %s: %s", choice.name, choice.why)
+    arguments: dict[str, Value] = parse_runtime_args(settings.runtime_args)[0]
+    if arguments and choice.name != "vllm":
+        raise CheckpointError(f"--runtime-arg is for the vllm runtime; this is {choice.name} ({choice.why})")
+    options = {
+        "device": device,
+        "dtype": settings.dtype,
+        "max_running_sequences": settings.max_running_sequences,
+        "encode_tokens_per_step": settings.encode_tokens_per_step,
+        "vocab_limit": tokenizer.size,
+        "on_step": metrics.observe_step,
+        "trust_checkpoint": settings.trust_checkpoint,
+    }
+    if choice.name == "vllm":
+        options["runtime_args"] = arguments
+        options["max_sequence_tokens"] = settings.max_input_tokens + settings.max_output_tokens
+    runtime: Runtime = load_class(choice.name)(found.folder, **options)
     return runtime
 
 

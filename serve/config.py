@@ -42,6 +42,13 @@ class Settings:
         (), "a name that requests may use; repeatable (default: the model's own name)", option="served-model-name"
     )
     runtime: str = _option("auto", "what runs the model", choices=("auto", "torch", "transformers", "vllm"))
+    runtime_args: tuple[str, ...] = _option(
+        (),
+        "an argument of the vllm runtime, as key=value (tensor_parallel_size, quantization, max_model_len, "
+        "gpu_memory_utilization, enforce_eager, ...); repeatable",
+        option="runtime-arg",
+        metavar="KEY=VALUE",
+    )
     device: str = _option("auto", "where it runs", choices=("auto", "cpu", "cuda"))
     dtype: str = _option(
         "auto", "number format of the weights", choices=("auto", "float32", "bfloat16", "float16", "int8")

@@ -262,6 +262,10 @@ class Metrics:
         """Ask `load` for the gauges from now on."""
         self._gauges.load = load
 
+    def join(self, registry: CollectorRegistry) -> None:
+        """Show another registry's series, too, except those whose names are here already (our aliases of vLLM's)."""
+        self.registry.register(_Joined(registry, frozenset(family.name for family in self.registry.collect())))
+
     def describe_model(self, labels: Mapping[str, str]) -> None:
         """Show `flan_model_info` with these labels."""
         self._gauges.model_info = dict(labels)
@@ -275,6 +279,22 @@ class Metrics:
 
     def _histogram(self, name: str, help: str, buckets: tuple[float, ...]) -> Histogram:
         return Histogram(f"flan_{name}", help, registry=self.registry, buckets=buckets)
+
+
+class _Joined(Collector):
+    """The series of another registry, at each scrape: only vLLM's own (not those of the process), and no name twice."""
+
+    def __init__(self, registry: CollectorRegistry, taken: frozenset[str]) -> None:
+        self._registry = registry
+        self._taken = taken
+
+    def describe(self) -> Iterable[Metric]:
+        return ()  # or registering would collect, and names would be claimed that come later
+
+    def collect(self) -> Iterable[Metric]:
+        for family in self._registry.collect():
+            if family.name.startswith("vllm:") and family.name not in self._taken:
+                yield family
 
 
 class _LoadGauges(Collector):

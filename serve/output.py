@@ -126,6 +126,8 @@ class Completion:
     exemplars_used: int = 0
     exemplars_dropped: int = 0
     prompt: str | None = None  # only with debug
+    # a prompt's tokens, one entry a prompt, only where asked for; nothing gives the first one's number, which is 0
+    prompt_logprobs: tuple[tuple[TextLogprob, ...], ...] = ()
     stop: tuple[str, ...] | None = None  # the effective stop list; only with debug
 
 

@@ -123,18 +123,19 @@ class OutputText:
         return piece
 
     def _to_text_logprobs(self, entries: tuple[TokenLogprob, ...]) -> tuple[TextLogprob, ...]:
-        return tuple(
-            TextLogprob(
-                entry.token_id,
-                self._tokenizer.token_text(entry.token_id),
-                _finite(entry.logprob),
-                tuple(
-                    TextLogprob(token_id, self._tokenizer.token_text(token_id), _finite(logprob))
-                    for token_id, logprob in entry.top
-                ),
-            )
-            for entry in entries
-        )
+        return tuple(to_text_logprob(entry, self._tokenizer) for entry in entries)
+
+
+def to_text_logprob(entry: TokenLogprob, tokenizer: Tokenizer) -> TextLogprob:
+    """With texts, and no number that the wire cannot carry."""
+    return TextLogprob(
+        entry.token_id,
+        tokenizer.token_text(entry.token_id),
+        _finite(entry.logprob),
+        tuple(
+            TextLogprob(token_id, tokenizer.token_text(token_id), _finite(logprob)) for token_id, logprob in entry.top
+        ),
+    )
 
 
 def _finite(logprob: float) -> float:

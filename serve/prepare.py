@@ -63,6 +63,9 @@ def prepare(
         prepared, dropped = (prompt,), len(exemplars) - used
     if len(prepared) * sampling.n > MAX_REQUEST_SEQUENCES:
         raise InvalidRequest(f"prompts times n must be at most {MAX_REQUEST_SEQUENCES}", field="n")
+    if request.prompt_logprobs and context.is_encoder_decoder:
+        raise InvalidRequest("an encoder-decoder model's prompt has no log-probabilities", field="echo")
+    sampling = _within_context(sampling, prepared, context)
     return PreparedRequest(
         request_id=request_id,
         mode=request.mode,
@@ -74,7 +77,26 @@ def prepare(
         exemplars_dropped=dropped,
         debug=request.debug,
         timeout_seconds=timeout_seconds,
+        prompt_logprobs=request.prompt_logprobs,
     )
+
+
+def _within_context(
+    sampling: SamplingParams, prepared: Sequence[PreparedPrompt], context: PrepareContext
+) -> SamplingParams:
+    """`max_tokens` is clamped to what the longest prompt leaves of the model's context, as to the server's limit."""
+    if context.context_length is None:
+        return sampling
+    longest = max(len(prompt.token_ids) for prompt in prepared)
+    room = context.context_length - longest
+    if room < 1:
+        raise InvalidRequest(
+            f"the prompt has {longest} tokens; the model's context has {context.context_length}, answer included",
+            field="prompt",
+        )
+    if room >= sampling.max_tokens:
+        return sampling
+    return replace(sampling, max_tokens=room, min_tokens=min(sampling.min_tokens, room))
 
 
 def prepare_score(

@@ -10,7 +10,8 @@ from dataclasses import dataclass, field
 
 from serve import prompts
 from serve.errors import InvalidRequest
-from serve.request import Exemplar, GenerateRequest, PreparedPrompt, ScoreRequest
+from serve.prompts.formats import ANSWER_LABEL
+from serve.request import ChatMessage, Exemplar, GenerateRequest, Mode, PreparedPrompt, ScoreRequest
 from serve.sampling_params import SamplingDefaults
 from serve.tokenizer import Tokenizer
 
@@ -21,10 +22,16 @@ _CUT_TOKENS = 64  # more than a cut in the middle of a word can add
 
 @dataclass(frozen=True, slots=True)
 class PrepareContext:
-    """What requests are prepared against; fixed once the model is loaded."""
+    """What requests are prepared against; fixed once the model is loaded.
+
+    `in_chat`: rendered prompts are a user's turn in the checkpoint's own chat template (of a decoder-only model that
+    was not trained on our prompt formats). `context_length`: prompt and answer together, where the model has a bound.
+    """
 
     tokenizer: Tokenizer
     is_encoder_decoder: bool = True
+    in_chat: bool = False
+    context_length: int | None = None
     max_input_tokens: int = 2048
     defaults: SamplingDefaults = field(default_factory=SamplingDefaults)
     exemplar_sets: Mapping[str, tuple[Exemplar, ...]] = field(default_factory=dict)
@@ -45,10 +52,10 @@ def fit(
         shown = exemplars[len(exemplars) - kept :]
         text = prompts.render(request.mode, instruction, request.input, request.options, shown)
         if kept == 0:
-            return checked(tokenize(text, where, context, truncate), where, context)
+            return checked(tokenize_rendered(text, where, request.mode, context, truncate), where, context)
         if far_beyond(text, context.max_input_tokens, context.tokenizer) is not None:
             return None
-        prompt = tokenize(text, where, context, truncate)
+        prompt = tokenize_rendered(text, where, request.mode, context, truncate)
         return prompt if len(prompt.token_ids) <= context.max_input_tokens else None
 
     best = fitting(len(exemplars))
@@ -80,6 +87,21 @@ def check_not_far_beyond(text: str, where: str, context: PrepareContext) -> None
     if about is not None:
         limit = context.max_input_tokens
         raise InvalidRequest(f"the prompt has about {about} tokens; the limit is {limit}", field=where)
+
+
+def tokenize_rendered(
+    text: str, where: str, mode: Mode, context: PrepareContext, truncate: int | None
+) -> PreparedPrompt:
+    """A rendered prompt in the form that the checkpoint knows: plain, or as a user's turn of its chat.
+
+    In a chat the assistant's turn is open, so no answer label stands at the end (the model would repeat it).
+    """
+    if mode is Mode.RAW or not context.in_chat or context.tokenizer.chat_template is None:
+        return tokenize(text, where, context, truncate)
+    if truncate is None:
+        check_not_far_beyond(text, where, context)
+    shown, ids = context.tokenizer.encode_chat((ChatMessage("user", text.removesuffix(ANSWER_LABEL).rstrip()),))
+    return cut(ids, shown, where, context, truncate)
 
 
 def tokenize(text: str, where: str, context: PrepareContext, truncate: int | None) -> PreparedPrompt:

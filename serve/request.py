@@ -58,7 +58,8 @@ class GenerateRequest:
 
     Exactly one of `instruction`, `prompts` and `messages` carries the prompt. `prompts` (each a text or token ids,
     mode raw) and `messages` come only from the OpenAI and TGI routes. `truncate_prompt_tokens` keeps the last k
-    prompt tokens, the final EOS included (TGI's `truncate`).
+    prompt tokens, the final EOS included (TGI's `truncate`). `prompt_logprobs`: those of the prompts' own tokens are
+    wanted, too, with `sampling.logprobs` alternatives (OpenAI's echo with logprobs; decoder-only models).
     `timeout_seconds` is relative to acceptance; None = the server's setting.
     """
 
@@ -79,6 +80,7 @@ class GenerateRequest:
     prompts: tuple[str | tuple[int, ...], ...] = ()
     messages: tuple[ChatMessage, ...] = ()
     truncate_prompt_tokens: int | None = None
+    prompt_logprobs: bool = False
     timeout_seconds: float | None = None
 
 
@@ -126,6 +128,7 @@ class PreparedRequest:
     exemplars_dropped: int = 0
     debug: bool = False
     timeout_seconds: float | None = None
+    prompt_logprobs: bool = False
 
     @property
     def num_sequences(self) -> int:

@@ -18,10 +18,20 @@ from typing import NoReturn
 from serve.admission import Ticket
 from serve.errors import Cancelled, DeadlineExceeded, EngineFailure, ServeError
 from serve.metrics import Metrics, RequestTracker, outcome_of
-from serve.output import Completion, FinishReason, Output, TextDelta, Timings, TokenDelta, Usage
-from serve.output_text import OutputText
+from serve.output import (
+    Completion,
+    FinishReason,
+    Output,
+    TextDelta,
+    TextLogprob,
+    Timings,
+    TokenDelta,
+    TokenLogprob,
+    Usage,
+)
+from serve.output_text import OutputText, to_text_logprob
 from serve.request import Mode, PreparedRequest
-from serve.runtimes.base import Runtime, TokenStream
+from serve.runtimes.base import PromptScorer, Runtime, TokenStream
 from serve.tokenizer import Tokenizer
 from serve.voting import Ballot, vote
 
@@ -70,6 +80,7 @@ class ResponseStream:
         ]
         self._unfinished = len(self._outputs)
         self._tokens: TokenStream | None = None
+        self.prompt_logprobs: tuple[tuple[TextLogprob, ...], ...] = ()  # there before the first delta
         self._last_token_at = [0.0] * len(self._outputs)
         self._completion: Completion | None = None
         self._error: ServeError | None = None
@@ -138,6 +149,8 @@ class ResponseStream:
     async def _next(self) -> TextDelta:
         if self._tokens is None or not self._ticket.has_begun:
             await self._begin()
+        if self.prepared.prompt_logprobs and not self.prompt_logprobs:
+            self.prompt_logprobs = await self._score_prompts()
         assert self._tokens is not None
         while True:
             delta = await self._tokens.__anext__()
@@ -159,6 +172,32 @@ class ResponseStream:
         metrics.prompt_tokens.inc(self.prepared.prompt_tokens)
         metrics.unknown_tokens.inc(self._unknown_tokens)
         metrics.exemplars_dropped.inc(self.prepared.exemplars_dropped)
+
+    async def _score_prompts(self) -> tuple[tuple[TextLogprob, ...], ...]:
+        """
+        Raises:
+            EngineFailure
+        """
+        runtime, count = self._context.runtime, self.prepared.sampling.logprobs
+        if not isinstance(runtime, PromptScorer):
+            raise EngineFailure("this runtime gives no log-probabilities of a prompt")
+        tasks = [
+            asyncio.ensure_future(
+                runtime.prompt_logprobs(self.request_id, prompt.token_ids, 0 if count is None else count)
+            )
+            for prompt in self.prepared.prompts
+        ]
+        try:
+            found = await asyncio.gather(*tasks)
+        finally:  # when one fails or the client leaves, the others end, too
+            for task in tasks:
+                task.cancel()
+        tokenizer = self._context.tokenizer
+        firsts = [TokenLogprob(prompt.token_ids[0], 0.0) for prompt in self.prepared.prompts]
+        return tuple(
+            tuple(to_text_logprob(entry, tokenizer) for entry in (first, *entries))
+            for first, entries in zip(firsts, found, strict=True)
+        )
 
     def _runtime_request(self) -> PreparedRequest:
         """Votes are weighed by log-probability, so samples always need them."""
@@ -227,6 +266,7 @@ class ResponseStream:
             ),
             exemplars_used=prepared.exemplars_used,
             exemplars_dropped=prepared.exemplars_dropped,
+            prompt_logprobs=self.prompt_logprobs,
         )
         if prepared.mode is Mode.COT:
             completion = self._with_answer(completion)

@@ -10,7 +10,7 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TypeVar
@@ -70,12 +70,15 @@ class Service:
         *,
         generation_config: Mapping[str, float | int] | None = None,
         root: str = "",
+        in_chat: bool = False,
     ) -> None:
         """The runtime has started: accept requests. Called in the event loop.
 
         Args:
             generation_config: sampling fields that the checkpoint's generation config sets.
             root: where the checkpoint came from, for the model card.
+            in_chat: the checkpoint was not trained on our prompt formats; a decoder-only one with a chat template of
+                its own gets prompts in that.
         """
         info, settings = runtime.info, self.settings
         config = {} if generation_config is None else generation_config
@@ -85,6 +88,8 @@ class Service:
             prepare=PrepareContext(
                 tokenizer=tokenizer,
                 is_encoder_decoder=info.is_encoder_decoder,
+                in_chat=in_chat and not info.is_encoder_decoder,
+                context_length=info.context_length,
                 max_input_tokens=settings.max_input_tokens,
                 defaults=SamplingDefaults(settings.default_max_tokens, settings.max_output_tokens, config),
                 exemplar_sets=settings.exemplar_sets,
@@ -221,6 +226,14 @@ class Service:
             Unavailable: still loading.
         """
         return self._need_loaded().prepare.tokenizer.token_text(token_id)
+
+    def detokenize(self, token_ids: Sequence[int]) -> str:
+        """The text of a prompt's tokens, special ones shown.
+
+        Raises:
+            Unavailable: still loading.
+        """
+        return self._need_loaded().prepare.tokenizer.decode(token_ids, skip_special_tokens=False)
 
     def readiness(self) -> str | None:
         """None when ready, else "loading", "draining" or "engine dead: …". Looks at the engine, so it flips at once."""

@@ -35,8 +35,8 @@ def test_flag_beats_environment_beats_file_beats_default(tmp_path: Path) -> None
 
 def test_every_option_is_flag_variable_and_key() -> None:
     specs = fields(Settings)
-    assert len(specs) == 27
-    assert len({option_name(spec) for spec in specs}) == len({env_name(spec) for spec in specs}) == 27
+    assert len(specs) == 28
+    assert len({option_name(spec) for spec in specs}) == len({env_name(spec) for spec in specs}) == 28
     assert all(re.fullmatch(r"FLAN_SERVE_[A-Z_]+", env_name(spec)) for spec in specs)
 
 

@@ -39,6 +39,14 @@ RULES = (
     Rule("serve.engine", (*DOMAIN, "serve.config", "serve.engine"), ("torch", "safetensors", "numpy", "triton")),
     Rule("serve.runtimes", (*DOMAIN, "serve.runtimes")),
     Rule("serve.runtimes.torch_runtime", (*DOMAIN, "serve.runtimes", "serve.engine"), ("torch",)),
+    Rule("serve.runtimes.causal_attention", (*DOMAIN, "serve.runtimes", "serve.engine"), ("torch",)),
+    Rule("serve.runtimes.causal_model", (*DOMAIN, "serve.runtimes"), ("torch", "transformers")),
+    Rule("serve.runtimes.causal_runner", (*DOMAIN, "serve.runtimes", "serve.engine"), ("torch",)),
+    Rule("serve.runtimes.transformers_runtime", (*DOMAIN, "serve.runtimes", "serve.engine"), ("torch",)),
+    Rule("serve.runtimes.vllm_runtime", (*DOMAIN, "serve.runtimes"), ("torch", "vllm")),
+    Rule("serve.runtimes.vllm_engine", (*DOMAIN, "serve.runtimes"), ("vllm",)),
+    Rule("serve.runtimes.vllm_logits", (*DOMAIN, "serve.runtimes"), ("torch", "vllm")),
+    Rule("serve.runtimes.vllm_requests", (*DOMAIN, "serve.runtimes"), ("vllm",)),
     Rule("serve.vllm_t5", ("serve.vllm_t5",), ("torch", "transformers", "triton", "vllm")),
     *(
         Rule(

@@ -17,6 +17,10 @@ from serve.sampling_params import INT64_MAX, INT64_MIN, MAX_LOGPROBS, SamplingFi
 
 DEFAULT_TEMPERATURE = 1.0
 DEFAULT_TOP_P = 1.0
+_ECHO_MESSAGE = (
+    "echo with logprobs does not exist for an encoder-decoder model, whose prompt has no log-probabilities; "
+    "POST /v1/score gives those of any continuation"
+)
 # OpenAI calls the system's voice "developer" in newer schemas.
 _ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant"}
 
@@ -25,13 +29,15 @@ _ROLES = {"system": "system", "developer": "system", "user": "user", "assistant"
 class OpenAIRequest:
     """A request as asked, and how the response is to look.
 
-    `echoed`: the prompts that stand before their texts, empty without `echo`.
+    `echoed`: the prompts that stand before their texts, empty without `echo`. `only_prompt`: no token was asked for
+    (`max_tokens` 0 with `echo` and `logprobs`); one is made, because there is no request without, and not shown.
     """
 
     request: GenerateRequest
     echoed: tuple[str | tuple[int, ...], ...] = ()
     include_usage: bool = False
     continuous_usage: bool = False
+    only_prompt: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,7 +153,10 @@ COMPLETION_FIELDS: Table = {
     "prompt": Field(Prompts(), "The text the model reads, as it is; or several; or token ids.", required=True),
     **_SHARED_FIELDS,
     "logprobs": Field(Integer(0, MAX_LOGPROBS), "Log-probabilities, with so many likeliest alternatives."),
-    "echo": Field(Flag(), "Put the prompt before the text. Not together with logprobs. Default: false."),
+    "echo": Field(
+        Flag(),
+        "Put the prompt before the text; with logprobs those of its tokens, too (decoder-only models). Default: false.",
+    ),
     "best_of": Field(Integer(low=1), "Not supported: must be n."),
     "suffix": Field(Text(), "Not supported: must be empty."),
 }
@@ -167,16 +176,23 @@ def to_completion_request(body: Json, *, timeout_seconds: float | None, is_encod
     Raises:
         InvalidRequest: naming the field.
     """
-    # First, because those who ask for it also send max_tokens 0 and should learn what to do instead.
-    if body.get("echo") is True and body.get("logprobs") is not None:
-        raise InvalidRequest(_echo_message(is_encoder_decoder), field="echo")
-    said = parse(COMPLETION_FIELDS, body, ignore_unknown=True)
+    # First, because those who ask for it may send max_tokens 0, which is wrong elsewhere.
+    wants_prompt = body.get("echo") is True and body.get("logprobs") is not None
+    if wants_prompt and is_encoder_decoder:
+        raise InvalidRequest(_ECHO_MESSAGE, field="echo")
+    only_prompt = wants_prompt and type(body.get("max_tokens")) is int and body["max_tokens"] == 0
+    said = parse(COMPLETION_FIELDS, {**body, "max_tokens": 1} if only_prompt else body, ignore_unknown=True)
     _refuse_unsupported(body, said)
     prompts = said["prompt"]
     request = GenerateRequest(
-        mode=Mode.RAW, prompts=prompts, sampling=_sampling(said, said.get("logprobs")), **_common(said, timeout_seconds)
+        mode=Mode.RAW,
+        prompts=prompts,
+        sampling=_sampling(said, said.get("logprobs")),
+        prompt_logprobs=wants_prompt,
+        **_common(said, timeout_seconds),
     )
-    return OpenAIRequest(request, prompts if said.get("echo", False) else (), *_usage_options(said))
+    echoed = prompts if said.get("echo", False) else ()
+    return OpenAIRequest(request, echoed, *_usage_options(said), only_prompt=only_prompt)
 
 
 def to_chat_request(body: Json, *, timeout_seconds: float | None) -> OpenAIRequest:
@@ -242,12 +258,3 @@ def _refuse_unsupported(body: Json, said: Json) -> None:
     form = body.get("response_format")
     if form is not None and not (isinstance(form, dict) and form.get("type") == "text"):
         raise InvalidRequest('response_format must be {"type": "text"}; no other is supported', field="response_format")
-
-
-def _echo_message(is_encoder_decoder: bool) -> str:
-    if is_encoder_decoder:
-        return (
-            "echo with logprobs does not exist for an encoder-decoder model, whose prompt has no log-probabilities; "
-            "POST /v1/score gives those of any continuation"
-        )
-    return "echo with logprobs is not supported; POST /v1/score gives the log-probabilities of any continuation"

@@ -28,7 +28,8 @@ class OpenAIHandlers:
         )
 
         def to_response(completion: Completion) -> bytes:
-            return openai_responses.to_completion_response(completion, self._echo(asked, len(completion.outputs)))
+            echo = self._echo(asked, len(completion.outputs))
+            return openai_responses.to_completion_response(completion, echo, only_prompt=asked.only_prompt)
 
         def to_chunks(stream: ResponseStream) -> CompletionChunks:
             return CompletionChunks(stream, asked, self._echo(asked, stream.prepared.num_sequences))
@@ -45,9 +46,6 @@ class OpenAIHandlers:
         """The text of the prompt that an output's text follows."""
         if not asked.echoed:
             return lambda index: ""
-        texts = [
-            prompt if isinstance(prompt, str) else "".join(map(self._service.token_text, prompt)).lstrip(" ")
-            for prompt in asked.echoed
-        ]
+        texts = [prompt if isinstance(prompt, str) else self._service.detokenize(prompt) for prompt in asked.echoed]
         n = num_outputs // len(texts)
         return lambda index: texts[index // n]

@@ -20,12 +20,22 @@ Echo = Callable[[int], str]
 _BYTES_TEXT = re.compile(r"bytes:(\\x[0-9a-f]{2})+")
 
 
-def to_completion_response(completion: Completion, echo: Echo) -> bytes:
+def to_completion_response(completion: Completion, echo: Echo, *, only_prompt: bool = False) -> bytes:
     """
     Raises:
         EngineFailure: an output failed; OpenAI's schema has no word for that in a response.
     """
-    return _to_response(completion, "cmpl", "text_completion", lambda output: _completion_choice(output, echo))
+    if only_prompt:
+        outputs = tuple(
+            replace(output, text="", logprobs=(), finish_reason=FinishReason.LENGTH, stop_reason=None)
+            if output.finish_reason in (FinishReason.STOP, FinishReason.LENGTH)
+            else output
+            for output in completion.outputs
+        )
+        completion = replace(completion, outputs=outputs, usage=replace(completion.usage, completion_tokens=0))
+    return _to_response(
+        completion, "cmpl", "text_completion", lambda output: _completion_choice(output, completion, echo)
+    )
 
 
 def to_chat_response(completion: Completion) -> bytes:
@@ -98,6 +108,7 @@ class CompletionChunks(_Chunks):
 
     def __init__(self, stream: ResponseStream, asked: OpenAIRequest, echo: Echo) -> None:
         super().__init__(stream, asked)
+        self._stream = stream
         self._echo = echo
         self._offsets = [TextOffsets(len(echo(index))) for index in range(stream.prepared.num_sequences)]
         self._placed: list[Placed] = [[] for _ in self._offsets]
@@ -111,8 +122,21 @@ class CompletionChunks(_Chunks):
         placed, self._placed[index] = self._placed[index], []
         if delta.finish_reason is not None:
             placed += self._offsets[index].flush()
-        text = self._echo(index) + delta.text if is_first else delta.text
-        return {"index": index, "text": text, "logprobs": _completion_logprobs(placed) if placed else None}
+        shown = "" if self._asked.only_prompt else delta.text
+        placed = [] if self._asked.only_prompt else placed
+        prompt = self._prompt_of(index) if is_first else []
+        text = self._echo(index) + shown if is_first else shown
+        logprobs = _completion_logprobs(prompt + placed, has_prompt=bool(prompt)) if prompt + placed else None
+        return {"index": index, "text": text, "logprobs": logprobs}
+
+    def _prompt_of(self, index: int) -> Placed:
+        """The tokens of the prompt that stands before an output, where they were asked for."""
+        found = self._stream.prompt_logprobs
+        if not found:
+            return []
+        n = self._stream.prepared.num_sequences // len(found)
+        offsets = TextOffsets()
+        return offsets.push(found[index // n], self._echo(index)) + offsets.flush()
 
 
 class ChatChunks(_Chunks):
@@ -158,9 +182,13 @@ def _to_response(completion: Completion, prefix: str, kind: str, to_choice: Call
     return dump_with(body, "choices", (to_choice(output) for output in completion.outputs))
 
 
-def _completion_choice(output: Output, echo: Echo) -> Json:
+def _completion_choice(output: Output, completion: Completion, echo: Echo) -> Json:
     logprobs = None
-    if output.logprobs is not None:
+    if output.logprobs is not None and completion.prompt_logprobs:
+        n = len(completion.outputs) // len(completion.prompt_logprobs)
+        prompt = completion.prompt_logprobs[output.index // n]
+        logprobs = _echoed_logprobs(prompt, output.logprobs, echo(output.index), output.text)
+    elif output.logprobs is not None:
         offsets = TextOffsets(len(echo(output.index)))
         logprobs = _completion_logprobs(offsets.push(output.logprobs, output.text) + offsets.flush())
     return {
@@ -182,14 +210,27 @@ def _chat_choice(output: Output) -> Json:
     }
 
 
-def _completion_logprobs(placed: Placed) -> Json:
+def _completion_logprobs(placed: Placed, *, has_prompt: bool = False) -> Json:
+    """`has_prompt`: the first token is a prompt's first, which has no log-probability."""
     tokens = [token for token, _ in placed]
+    logprobs: list[float | None] = [token.logprob for token in tokens]
+    tops: list[dict[str, float] | None] = [_by_text(token) for token in tokens]
+    if has_prompt:
+        logprobs[0] = tops[0] = None
     return {
         "tokens": [token.text for token in tokens],
-        "token_logprobs": [token.logprob for token in tokens],
-        "top_logprobs": [_by_text(token) for token in tokens],
+        "token_logprobs": logprobs,
+        "top_logprobs": tops,
         "text_offset": [offset for _, offset in placed],
     }
+
+
+def _echoed_logprobs(prompt: tuple[TextLogprob, ...], made: tuple[TextLogprob, ...], echoed: str, text: str) -> Json:
+    """Arrays over prompt and text. Nothing comes before the prompt's first token, so that has null."""
+    offsets = TextOffsets()
+    return _completion_logprobs(
+        offsets.push((*prompt, *made), echoed + text) + offsets.flush(), has_prompt=bool(prompt)
+    )
 
 
 def _by_text(token: TextLogprob) -> dict[str, float]:

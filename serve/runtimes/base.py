@@ -8,10 +8,10 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from serve.errors import CheckpointError
-from serve.output import TokenDelta
+from serve.output import TokenDelta, TokenLogprob
 from serve.request import PreparedRequest, PreparedScore
 
 
@@ -25,6 +25,7 @@ class RuntimeInfo:
     dtype: str
     device: str
     max_running_sequences: int
+    context_length: int | None = None  # prompt and answer together, where the model has a bound
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,6 +114,42 @@ class Runtime(Protocol):
         ...
 
 
-__all__ = ["CheckpointError", "OnStep", "Runtime", "RuntimeInfo", "StepStats", "TokenStream"]
+@runtime_checkable
+class PromptScorer(Protocol):
+    """What runtimes of decoder-only models can do besides: say how likely a prompt itself is."""
+
+    async def prompt_logprobs(
+        self, request_id: str, token_ids: tuple[int, ...], count: int
+    ) -> tuple[TokenLogprob, ...]:
+        """The log-probability of each token but the first, given those before it, with the `count` best ones.
+
+        Cancelling the awaiting task frees the room.
+
+        Raises:
+            EngineFailure
+        """
+        ...
+
+
+@runtime_checkable
+class HasMetrics(Protocol):
+    """A runtime with metrics of its own."""
+
+    @property
+    def metrics_registry(self) -> Any:
+        """The prometheus registry that has them."""
+        ...
+
+
+__all__ = [
+    "CheckpointError",
+    "HasMetrics",
+    "OnStep",
+    "PromptScorer",
+    "Runtime",
+    "RuntimeInfo",
+    "StepStats",
+    "TokenStream",
+]
 
 OnStep = Callable[[StepStats], None]  # called from the engine's thread: must be cheap and thread-safe

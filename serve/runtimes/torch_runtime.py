@@ -43,7 +43,7 @@ _CUDA_CACHE_SHARE = 0.8  # of what is free once the weights are loaded
 _CPU_CACHE_SHARE = 0.25  # of the memory; it is taken only as requests need it
 _CGROUP_LIMIT = Path("/sys/fs/cgroup/memory.max")
 _MAX_CPU_CACHE_BYTES = 4 << 30
-_ENCODER_CACHE_SHARE = 8  # one part in so many is for prompts that are not in use
+ENCODER_CACHE_SHARE = 8  # one part in so many is for prompts that are not in use
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 T = TypeVar("T")
@@ -245,12 +245,12 @@ class TorchRuntime:
             trust_checkpoint=self._trust_checkpoint,
         )
         self._architecture = model.config.architecture
-        total = _cache_bytes(self._device) if self._cache_bytes is None else self._cache_bytes
+        total = default_cache_bytes(self._device) if self._cache_bytes is None else self._cache_bytes
         settings = EngineSettings(
             max_running_sequences=self._max_running_sequences,
             encode_tokens_per_step=self._encode_tokens_per_step,
-            cache_bytes=max(1, total - total // _ENCODER_CACHE_SHARE),
-            encoder_cache_bytes=total // _ENCODER_CACHE_SHARE,
+            cache_bytes=max(1, total - total // ENCODER_CACHE_SHARE),
+            encoder_cache_bytes=total // ENCODER_CACHE_SHARE,
         )
         timed = TimedRunner(self.make_runner(model, settings))
         return make_engine(model, settings, timed), timed
@@ -347,7 +347,7 @@ def _step_stats(stats: EngineStats, timed: TimedRunner) -> StepStats:
     )
 
 
-def _cache_bytes(device: str) -> int:
+def default_cache_bytes(device: str) -> int:
     """A share of the device's free memory; on a CPU, of what the machine has or the container is allowed."""
     if device.startswith("cuda"):
         return int(torch.cuda.mem_get_info(device)[0] * _CUDA_CACHE_SHARE)

@@ -11,6 +11,7 @@ import pytest
 from openai import AsyncOpenAI, DefaultAsyncHttpxClient
 
 from serve.config import Settings
+from serve.output import TokenLogprob
 from serve.service import ServiceSettings
 from tests.rest.harness import Served, error_of, served
 from tests.service.scripted_runtime import ScriptedRuntime, scripted_service
@@ -206,14 +207,54 @@ async def test_echo_in_a_stream_comes_once_before_the_text() -> None:
 
 
 @pytest.mark.parametrize("max_tokens", [0, 1])
-@pytest.mark.parametrize("is_encoder_decoder", [True, False])
-async def test_echo_with_logprobs_points_to_the_scores(is_encoder_decoder: bool, max_tokens: int) -> None:
-    async with served("one", runtime=ScriptedRuntime(is_encoder_decoder=is_encoder_decoder)) as server:
+async def test_echo_with_logprobs_of_an_encoder_decoder_points_to_the_scores(max_tokens: int) -> None:
+    async with served("one") as server:
         body = {"prompt": [[5, 6]], "echo": True, "logprobs": 1, "max_tokens": max_tokens, "temperature": 0}
         response = await server.post("/v1/completions", body)
         assert response.status_code == 400
         assert error_of(response)["param"] == "echo"
         assert "/v1/score" in error_of(response)["message"]
+
+
+class Causal(ScriptedRuntime):
+    """A decoder-only model: its prompts have log-probabilities. Token i of a prompt has -i."""
+
+    async def prompt_logprobs(
+        self, request_id: str, token_ids: tuple[int, ...], count: int
+    ) -> tuple[TokenLogprob, ...]:
+        top = tuple((5 + rank, -0.5 - rank) for rank in range(count))
+        return tuple(TokenLogprob(token_id, -float(place), top) for place, token_id in enumerate(token_ids[1:], 1))
+
+
+@pytest.mark.parametrize("max_tokens", [0, 1])
+@pytest.mark.parametrize("stream", [False, True])
+async def test_echo_with_logprobs_covers_the_prompt(max_tokens: int, stream: bool) -> None:
+    """As lm-eval asks for it: lists of ids, the first token has null, text_offset runs through."""
+    async with served("one", runtime=Causal(is_encoder_decoder=False)) as server:
+        ids = [(await server.post("/v1/tokenize", {"text": text})).json()["token_ids"] for text in ("the cat", "hello")]
+        body = {"prompt": ids, "echo": True, "logprobs": 1, "max_tokens": max_tokens, "temperature": 0, "n": 2}
+        if stream:
+            found: dict[int, dict[str, Any]] = {}
+            for event in (await server.stream("/v1/completions", **body))[:-1]:
+                choice = event["choices"][0]
+                one = found.setdefault(choice["index"], {"text": "", "logprobs": {}})
+                one["text"] += choice["text"]
+                for name, values in (choice["logprobs"] or {}).items():
+                    one["logprobs"].setdefault(name, []).extend(values)
+            choices = [found[index] for index in range(4)]
+        else:
+            answer = (await server.post("/v1/completions", body)).json()
+            choices = answer["choices"]
+            assert answer["usage"]["completion_tokens"] == 4 * max_tokens
+        for index, choice in enumerate(choices):
+            prompt, logprobs = ids[index // 2], choice["logprobs"]
+            assert logprobs["token_logprobs"][: len(prompt)] == [None, *(-float(i) for i in range(1, len(prompt)))]
+            assert {len(values) for values in logprobs.values()} == {len(prompt) + max_tokens}
+            assert logprobs["top_logprobs"][0] is None
+            for token, top in zip(logprobs["tokens"][1:], logprobs["top_logprobs"][1:], strict=True):
+                assert token in top
+            assert logprobs["text_offset"] == sorted(logprobs["text_offset"])
+            assert logprobs["text_offset"][-1] <= len(choice["text"])
 
 
 async def test_logprobs_in_both_shapes() -> None:
