@@ -45,7 +45,7 @@ def test_smoke_on_the_demo_checkpoint(server: tuple[str, str], tmp_path: Path) -
     assert result["server"]["runtime"] == "torch"
     totals = result["totals"]
     assert totals["answers_checked"] == totals["requests"], "every case of the workload has an answer"
-    assert totals["answers_right"] >= 0.3 * totals["answers_checked"], "nonsense: is it the demo checkpoint?"
+    assert totals["answers_right"] >= 0.5 * totals["answers_checked"], "nonsense: is it the demo checkpoint?"
     text = smoke.write_pages(result, tmp_path, verdicts)
     assert "grpc stream cot" in text
     assert {path.name for path in tmp_path.iterdir()} == {
