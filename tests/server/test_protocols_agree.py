@@ -103,14 +103,18 @@ def test_the_same_request_has_the_same_answer_everywhere(clients: tuple[FlanClie
 @pytest.mark.parametrize("name", ERRORS)
 def test_the_same_mistake_is_the_same_error_everywhere(clients: tuple[FlanClient, FlanClient], name: str) -> None:
     fields, kind, field = ERRORS[name]
+    messages = set()
     for client in clients:
         with pytest.raises(kind) as caught:
             client.generate(**fields)
         assert caught.value.field == field
+        messages.add(caught.value.message)
         with pytest.raises(kind) as caught:
             list(client.stream(**fields))
         assert caught.value.field == field
+        messages.add(caught.value.message)
         assert client.generate(instruction="the cat", max_tokens=2).usage.completion_tokens in (1, 2)
+    assert len(messages) == 1
 
 
 def test_scores_agree_and_do_not_depend_on_order_or_number(clients: tuple[FlanClient, FlanClient]) -> None:
