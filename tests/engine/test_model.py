@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from serve.checkpoint import DEMO_FOLDER
 from serve.engine.layers import RelativeBias
 from serve.engine.loading import load_model
 from serve.engine.model import T5Model
@@ -200,3 +201,21 @@ def test_half_precision_stays_near_float32(small_folder: Path, model: T5Model, d
     assert all(len(tokens) == 12 for tokens in ids)
     for ours, theirs in zip(narrow, wide, strict=True):
         assert (ours[0] - theirs[0]).abs().max() < 0.15
+
+
+def test_the_folder_that_finetune_wrote_has_transformers_logits() -> None:
+    """The bundled demo: trained by our finetune, loaded by transformers and by our engine."""
+    from transformers import AutoTokenizer
+
+    model, theirs = load_model(DEMO_FOLDER, device=CPU, dtype=torch.float32), reference(DEMO_FOLDER)
+    tokenizer = AutoTokenizer.from_pretrained(DEMO_FOLDER, local_files_only=True)
+    texts = ("Find the odd one out. lemonade, spinach, garlic, broccoli", "What is 33 + 9? Let's think step by step.")
+    prompts = [tuple(tokenizer(text).input_ids) for text in texts]
+    ids, logits = greedy(model, prompts, STEPS)
+    for prompt, ours, rows in zip(prompts, ids, logits, strict=True):
+        with torch.inference_mode():
+            decoder_input = torch.tensor([[0, *ours[:-1]]])
+            full = theirs(input_ids=torch.tensor([prompt]), decoder_input_ids=decoder_input).logits[0]
+        assert rows.shape == full.shape
+        assert (rows - full).abs().max() < TOLERANCE
+        assert rows.argmax(-1).tolist() == full.argmax(-1).tolist() == ours
