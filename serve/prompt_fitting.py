@@ -10,8 +10,7 @@ from dataclasses import dataclass, field
 
 from serve import prompts
 from serve.errors import InvalidRequest
-from serve.prompts.formats import ANSWER_LABEL
-from serve.request import ChatMessage, Exemplar, GenerateRequest, Mode, PreparedPrompt, ScoreRequest
+from serve.request import Exemplar, GenerateRequest, Mode, PreparedPrompt, ScoreRequest
 from serve.sampling_params import SamplingDefaults
 from serve.tokenizer import Tokenizer
 
@@ -24,8 +23,8 @@ _CUT_TOKENS = 64  # more than a cut in the middle of a word can add
 class PrepareContext:
     """What requests are prepared against; fixed once the model is loaded.
 
-    `in_chat`: rendered prompts are a user's turn in the checkpoint's own chat template (of a decoder-only model that
-    was not trained on our prompt formats). `context_length`: prompt and answer together, where the model has a bound.
+    `in_chat`: prompts are turns of the checkpoint's own chat template (of a decoder-only model that was not trained
+    on our prompt formats). `context_length`: prompt and answer together, where the model has a bound.
     """
 
     tokenizer: Tokenizer
@@ -49,13 +48,19 @@ def fit(
     where = "input" if has_longer_input else "instruction"  # what to shorten where it does not fit
 
     def fitting(kept: int) -> PreparedPrompt | None:
-        shown = exemplars[len(exemplars) - kept :]
-        text = prompts.render(request.mode, instruction, request.input, request.options, shown)
-        if kept == 0:
-            return checked(tokenize_rendered(text, where, request.mode, context, truncate), where, context)
-        if far_beyond(text, context.max_input_tokens, context.tokenizer) is not None:
+        parts = (request.mode, instruction, request.input, request.options, exemplars[len(exemplars) - kept :])
+        text = prompts.render(*parts)
+        if kept > 0 and far_beyond(text, context.max_input_tokens, context.tokenizer) is not None:
             return None
-        prompt = tokenize_rendered(text, where, request.mode, context, truncate)
+        if _is_told_in_turns(request.mode, context):
+            if kept == 0 and truncate is None:
+                check_not_far_beyond(text, where, context)
+            shown, ids = context.tokenizer.encode_chat(prompts.chat.turns(*parts))
+            prompt = cut(ids, shown, where, context, truncate)
+        else:
+            prompt = tokenize(text, where, context, truncate)
+        if kept == 0:
+            return checked(prompt, where, context)
         return prompt if len(prompt.token_ids) <= context.max_input_tokens else None
 
     best = fitting(len(exemplars))
@@ -89,19 +94,9 @@ def check_not_far_beyond(text: str, where: str, context: PrepareContext) -> None
         raise InvalidRequest(f"the prompt has about {about} tokens; the limit is {limit}", field=where)
 
 
-def tokenize_rendered(
-    text: str, where: str, mode: Mode, context: PrepareContext, truncate: int | None
-) -> PreparedPrompt:
-    """A rendered prompt in the form that the checkpoint knows: plain, or as a user's turn of its chat.
-
-    In a chat the assistant's turn is open, so no answer label stands at the end (the model would repeat it).
-    """
-    if mode is Mode.RAW or not context.in_chat or context.tokenizer.chat_template is None:
-        return tokenize(text, where, context, truncate)
-    if truncate is None:
-        check_not_far_beyond(text, where, context)
-    shown, ids = context.tokenizer.encode_chat((ChatMessage("user", text.removesuffix(ANSWER_LABEL).rstrip()),))
-    return cut(ids, shown, where, context, truncate)
+def _is_told_in_turns(mode: Mode, context: PrepareContext) -> bool:
+    """In the turns of the checkpoint's own chat, not in the plain Flan form."""
+    return context.in_chat and context.tokenizer.chat_template is not None and mode is not Mode.RAW
 
 
 def tokenize(text: str, where: str, context: PrepareContext, truncate: int | None) -> PreparedPrompt:

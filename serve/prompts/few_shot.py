@@ -33,9 +33,14 @@ def render_pairs(
     answer_text: Callable[[Exemplar], str],
 ) -> str:
     """Q:/A: pairs with each exemplar's answer as `answer_text` gives it."""
-    header, query = (None, instruction) if input is None or not input.strip() else (instruction, input)
+    header, query = header_and_query(instruction, input)
     pairs = [
         f"{QUESTION_LABEL} {exemplar.input.strip()}\n{ANSWER_LABEL} {answer_text(exemplar)}" for exemplar in exemplars
     ]
     question = "\n".join(part for part in (f"{QUESTION_LABEL} {query.strip()}", options_block(options)) if part)
     return join_parts(header, *pairs, f"{question}\n{ANSWER_LABEL}")
+
+
+def header_and_query(instruction: str, input: str | None) -> tuple[str | None, str]:
+    """What stands above the exemplars, and the question behind them."""
+    return (None, instruction) if input is None or not input.strip() else (instruction, input)

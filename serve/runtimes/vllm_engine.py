@@ -157,7 +157,13 @@ class StepObserver:
 
     def __init__(self, on_step: OnStep | None) -> None:
         self._on_step = on_step
+        self.is_encoder_decoder = False  # known when the model's configuration has been read
+        self._encoded = 0
         self.last_sign = time.monotonic()
+
+    def encoded(self, tokens: int) -> None:
+        """An encoder has read a prompt; the next step tells it. vLLM's own stats know the decoder's prompt only."""
+        self._encoded += tokens
 
     def observe(self, scheduler: Any, iteration: Any) -> None:
         """One step. vLLM does not say how long encoding and decoding took: the time since the step before counts as
@@ -168,9 +174,12 @@ class StepObserver:
             return
         prompt_tokens = 0 if iteration is None else iteration.prompt_token_stats.computed
         decoded = 0 if iteration is None else iteration.num_generation_tokens
+        encode_tokens = prompt_tokens
+        if self.is_encoder_decoder:
+            encode_tokens, self._encoded = self._encoded, 0
         self._on_step(
             StepStats(
-                encode_tokens=prompt_tokens,
+                encode_tokens=encode_tokens,
                 encode_seconds=seconds if prompt_tokens else 0.0,
                 decode_sequences=decoded,
                 decode_seconds=0.0 if prompt_tokens else seconds,

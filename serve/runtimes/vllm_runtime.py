@@ -104,6 +104,7 @@ class VllmRuntime:
     async def start(self) -> None:
         self._loop = asyncio.get_running_loop()
         self._facts = facts = ModelFacts.from_folder(self._folder)
+        self._observer.is_encoder_decoder = facts.is_encoder_decoder
         settings = EngineSettings(
             folder=self._folder,
             facts=facts,
@@ -148,6 +149,7 @@ class VllmRuntime:
         parts = await self._gather(
             [self._forced(request.request_id, prompt, ids, 0) for ids in request.candidate_token_ids]
         )
+        self._observer.encoded(len(prompt))
         return tuple((sum(entry.logprob for entry in entries), len(entries)) for entries in parts)
 
     async def prompt_logprobs(
@@ -217,7 +219,11 @@ class VllmRuntime:
         try:
             facts.check_ids(prompt)
             given = to_prompt(prompt, is_encoder_decoder=facts.is_encoder_decoder)
+            encoded = not facts.is_encoder_decoder or index % sampling.n > 0  # the samples share one pass
             async for output in self._run(given, params, f"{key}-{index}"):
+                if not encoded:
+                    self._observer.encoded(len(prompt))
+                    encoded = True
                 delta = to_delta(index, output, sampling.logprobs, self._vocab_limit)
                 ended = delta.finish_reason is not None
                 self._put(key, delta)

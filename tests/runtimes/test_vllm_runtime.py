@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import doctest
 import os
 import signal
-import subprocess
 import time
 from importlib.util import find_spec
 from pathlib import Path
@@ -216,8 +216,10 @@ def long_request() -> PreparedRequest:
 
 def children() -> set[int]:
     """Process ids of all our descendants."""
-    lines = subprocess.run(["ps", "-eo", "pid=,ppid="], check=True, capture_output=True, text=True).stdout.splitlines()
-    parents = {int(pid): int(parent) for pid, parent in map(str.split, lines)}
+    parents: dict[int, int] = {}
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):  # ended meanwhile
+            parents[int(stat.parent.name)] = int(stat.read_text().rpartition(")")[2].split()[1])
     found: set[int] = set()
     for pid in parents:
         above: int | None = pid

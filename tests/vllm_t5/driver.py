@@ -18,6 +18,7 @@ from typing import Any
 os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")  # the engine is in this process, within reach
 
 from vllm import LLM, SamplingParams
+from vllm.compilation.counter import compilation_counter
 from vllm.renderers.inputs.preprocess import parse_model_prompt
 from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
@@ -71,7 +72,8 @@ def crowd(llm: LLM, job: Job) -> Job:
             together = max(together, len(scheduler.running))
         after = preemptions(llm)
     tokens = [written[number] for number in range(len(job["requests"]))]
-    return {"tokens": tokens, "preemptions": after - before, "together": together}
+    compiled = compilation_counter.num_aot_compiles + compilation_counter.num_aot_artifacts_loaded  # torch.compile's
+    return {"tokens": tokens, "preemptions": after - before, "together": together, "compiled": compiled}
 
 
 def preemptions(llm: LLM) -> int:

@@ -25,11 +25,15 @@ def flan_t5_small(folder: Path) -> Path:
 
 
 def small(folder: Path, kind: Kind, *, seed: int = 0, vocab_size: int = 1024) -> Path:
-    """Two layers a stack. With a tied head the embedding is small, or every token would repeat the one before."""
+    """Two layers a stack. A tied head sees its own token best: there the decoder's layers speak louder than the
+    embedding, or every token would repeat the one before."""
     make_t5_checkpoint(folder, kind, vocab_size=vocab_size, dims=SMALL, seed=seed)
     if kind == "t5":
         tensors = random_tensors(folder, seed=seed)
-        tensors["shared.weight"] *= 0.1
+        tensors["shared.weight"] *= 0.2
+        for name in tensors:
+            if name.startswith("decoder."):
+                tensors[name] *= {"q": 2.0, "wo": 4.0}.get(name.split(".")[-2], 1.0)
         write_tensors(folder, tensors)
     return with_tokenizer(folder, vocab_size - SPARE)
 
