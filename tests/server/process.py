@@ -32,8 +32,16 @@ class ServerProcess:
     `lines` is everything it printed so far (both streams), `rest_url` and `grpc_target` where it listens.
     """
 
-    def __init__(self, *argv: str, env: dict[str, str] | None = None, wait: bool = True) -> None:
+    def __init__(
+        self,
+        *argv: str,
+        env: dict[str, str] | None = None,
+        wait: bool = True,
+        start_seconds: float = START_SECONDS,
+        stop_seconds: float = 10.0,
+    ) -> None:
         self._wait = wait
+        self._start_seconds, self._stop_seconds = start_seconds, stop_seconds
         self.lines: list[str] = []
         self.rest_url = self.grpc_target = self.model = ""
         self._ready = threading.Event()
@@ -59,7 +67,7 @@ class ServerProcess:
         self._ready.set()
 
     def __enter__(self) -> ServerProcess:
-        if self._wait and not (self._ready.wait(START_SECONDS) and self.rest_url):
+        if self._wait and not (self._ready.wait(self._start_seconds) and self.rest_url):
             self.__exit__(None, None, None)
             raise AssertionError("the server did not become ready:\n" + "\n".join(self.lines))
         return self
@@ -70,7 +78,7 @@ class ServerProcess:
         if self.process.poll() is None:
             self.process.send_signal(signal.SIGTERM)
             try:
-                self.process.wait(10)
+                self.process.wait(self._stop_seconds)
             except subprocess.TimeoutExpired:
                 self.process.kill()
                 self.process.wait()

@@ -84,7 +84,7 @@ class TestModesInTurns:
 
     def text(self, context: PrepareContext, mode: Mode, **fields: Any) -> str:
         request = GenerateRequest(mode=mode, instruction="Give the opposite.", **fields)
-        return prepare(request, context, "r1").prompts[0].text
+        return prepare(request, context, "r1").prompts[0].text or ""
 
     def test_few_shot(self, context: PrepareContext) -> None:
         shown = self.text(context, Mode.FEW_SHOT, input="wet", options=("dry", "red"), exemplars=self.EXEMPLARS)
