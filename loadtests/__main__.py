@@ -1,4 +1,4 @@
-"""`python -m loadtests`: smoke, selftest, compare, gate."""
+"""`python -m loadtests`: smoke, selftest, compare, gate, beside-vllm."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from loadtests import comparison, objectives, selftest, smoke, workload
+from loadtests import beside_vllm, comparison, objectives, selftest, smoke, workload
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -55,6 +55,17 @@ def _gate(args: argparse.Namespace) -> int:
     for verdict in verdicts:
         print(f"{'kept  ' if verdict.kept else 'MISSED'} {verdict.what}: {verdict.value} must be {verdict.limit}")
     return _exit_code(verdicts)
+
+
+def _beside_vllm(args: argparse.Namespace) -> int:
+    load = beside_vllm.Load(**{name: getattr(args, name) for name in beside_vllm.Load.__dataclass_fields__})
+    result = beside_vllm.run(args.model, load, args.engine_args)
+    table = beside_vllm.to_markdown(result)
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    args.out.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    args.out.with_suffix(".md").write_text(table, encoding="utf-8")
+    print(table)
+    return 0
 
 
 def _exit_code(verdicts: Sequence[objectives.Verdict]) -> int:
@@ -103,6 +114,29 @@ def _parser() -> argparse.ArgumentParser:
     command.set_defaults(run=_gate)
     command.add_argument("report", type=Path)
     command.add_argument("--objectives", default="smoke")
+
+    command = commands.add_parser(
+        "beside-vllm", help="our server on vLLM and bare vLLM, started here, under the same load in turn: ratios"
+    )
+    command.set_defaults(run=_beside_vllm)
+    command.add_argument("--model", type=Path, required=True, help="folder of a decoder-only checkpoint")
+    for name, text in (
+        ("requests", "streams a round"),
+        ("concurrency", "streams at a time"),
+        ("words", "words in each prompt"),
+        ("tokens", "tokens of each answer, exactly"),
+        ("rounds", "counted rounds of each server, after one that warms up"),
+        ("seed", "of the prompts"),
+    ):
+        default = getattr(beside_vllm.Load(), name)
+        command.add_argument(f"--{name}", type=int, default=default, help=f"{text} (default: %(default)s)")
+    command.add_argument(
+        "--engine-arg", dest="engine_args", action="append", default=[], metavar="KEY=VALUE",
+        help="an argument for vLLM's engine in both servers, as --runtime-arg takes it; repeatable",
+    )  # fmt: skip
+    command.add_argument(
+        "--out", type=Path, default=Path("runs/beside-vllm.json"), help="result (default: %(default)s)"
+    )
     return parser
 
 

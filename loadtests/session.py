@@ -144,7 +144,7 @@ class Session:
             {
                 "created": datetime.now(UTC).isoformat(timespec="seconds"),
                 "commit": _commit(),
-                "machine": _machine(),
+                "machine": machine(),
                 "server": self._server(),
                 "config": {
                     "workload": self.workload.name,
@@ -200,7 +200,7 @@ def _commit() -> str:
         return "unknown"
 
 
-def _machine() -> dict[str, Any]:
+def machine() -> dict[str, Any]:
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:
