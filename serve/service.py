@@ -227,6 +227,14 @@ class Service:
         """
         return self._need_loaded().prepare.tokenizer.token_text(token_id)
 
+    def is_special(self, token_id: int) -> bool:
+        """Whether default output leaves the token out.
+
+        Raises:
+            Unavailable: still loading.
+        """
+        return token_id in self._need_loaded().prepare.tokenizer.table.special
+
     def detokenize(self, token_ids: Sequence[int]) -> str:
         """The text of a prompt's tokens, special ones shown.
 

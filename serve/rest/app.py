@@ -14,14 +14,16 @@ from starlette.routing import Route as PathRoute
 from serve.config import Settings
 from serve.errors import EngineFailure, MethodNotAllowed, NotFound, ServeError
 from serve.metrics import Route
-from serve.rest import errors, reference_page
+from serve.rest import errors, playground, reference_page
 from serve.rest.call import Call
-from serve.rest.endpoint import Endpoint, Handler, TrackedHandler, tracked
+from serve.rest.endpoint import ByMethod, Endpoint, Handler, TrackedHandler, tracked
 from serve.rest.handlers import Handlers
 from serve.rest.json_text import dump, dump_ascii, shown
 from serve.rest.middleware import Cors, Keys, RequestIds
 from serve.rest.openai_handlers import OpenAIHandlers
 from serve.rest.schema import openapi_document
+from serve.rest.tgi import Answer
+from serve.rest.tgi_handlers import TgiHandlers
 from serve.service import Service
 
 
@@ -29,18 +31,21 @@ def create_app(service: Service, *, settings: Settings) -> FastAPI:
     """The application over a service.
 
     Args:
-        settings: api_keys, cors_origins, max_body_mib and keepalive_seconds of it.
+        settings: api_keys, cors_origins, max_body_mib, keepalive_seconds, ui and grpc_port of it.
     """
     # FastAPI's own routes are off: its documentation page loads scripts from elsewhere.
     app = FastAPI(title="flan-serve", openapi_url=None, docs_url=None, redoc_url=None)
     app.router.redirect_slashes = False
-    native, openai = Handlers(service), OpenAIHandlers(service)
+    native, openai, tgi = Handlers(service), OpenAIHandlers(service), TgiHandlers(service, version=_version())
     requests: Mapping[str, tuple[Route, TrackedHandler]] = {
         "/v1/generate": (Route.GENERATE, native.generate),
         "/v1/score": (Route.SCORE, native.score),
         "/v1/tokenize": (Route.TOKENIZE, native.tokenize),
         "/v1/completions": (Route.COMPLETIONS, openai.completions),
         "/v1/chat/completions": (Route.CHAT, openai.chat),
+        "/generate": (Route.TGI, tgi.generate(Answer.OBJECT)),
+        "/generate_stream": (Route.TGI, tgi.generate(Answer.STREAM)),
+        "/": (Route.TGI, tgi.generate(Answer.AS_ASKED)),
     }
     looks: Mapping[str, Handler] = {
         "/v1/models": native.models,
@@ -49,13 +54,19 @@ def create_app(service: Service, *, settings: Settings) -> FastAPI:
         "/readyz": native.ready,
         "/health": native.ready,
         "/metrics": native.metrics,
+        "/info": tgi.info,
+        **(playground.pages(settings) if settings.ui else {"/": _no_playground}),
         **_reference(has_keys=bool(settings.api_keys)),
     }
+    endpoints: dict[str, dict[str, Endpoint]] = {
+        path: {"GET": Endpoint(look, settings)} for path, look in looks.items()
+    }
     for path, (route, handler) in requests.items():
-        endpoint = Endpoint(tracked(route, service.metrics, handler), settings)
-        app.router.routes.append(PathRoute(path, endpoint, methods=["POST"]))
-    for path, look in looks.items():
-        app.router.routes.append(PathRoute(path, Endpoint(look, settings), methods=["GET"]))
+        to_body = errors.to_tgi_body if route is Route.TGI else errors.to_body
+        endpoint = Endpoint(tracked(route, service.metrics, handler), settings, to_body)
+        endpoints.setdefault(path, {})["POST"] = endpoint
+    for path, by_method in endpoints.items():
+        app.router.routes.append(PathRoute(path, ByMethod(by_method), methods=list(by_method)))
     app.add_exception_handler(HTTPException, _refuse)
     # What is added last stands outermost.
     if settings.api_keys:
@@ -78,6 +89,10 @@ def _reference(*, has_keys: bool) -> dict[str, Handler]:
         await call.reply(as_page, content_type=b"text/html; charset=utf-8")
 
     return {"/openapi.json": openapi, "/docs": docs}
+
+
+async def _no_playground(call: Call) -> None:
+    raise NotFound("there is no route 'GET /': the server runs with --no-ui; GET /docs lists the others")
 
 
 async def _refuse(request: Request, error: Exception) -> Response:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import re
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Sequence
 from typing import Any, TypeVar
 
 from starlette.datastructures import Headers
@@ -17,7 +17,7 @@ from serve.rest.json_text import Json, parse_object
 from serve.rest.protocol import CLOSE_AFTER_RESPONSE
 from serve.rest.request_id import RequestId
 from serve.rest.respond import JSON_TYPE, refuse, respond
-from serve.rest.sse import EventStream
+from serve.rest.sse import DONE_TERMINATED, EventForm, EventStream
 
 TIMEOUT_HEADER = "x-request-timeout-ms"
 _TIMEOUT = re.compile(r"[0-9]{1,12}")
@@ -32,14 +32,23 @@ class Call:
 
     Args:
         settings: `max_body_mib` and `keepalive_seconds` of it.
+        to_error_body: the schema's form of an error.
     """
 
-    def __init__(self, scope: Scope, receive: Receive, send: Send, settings: Settings) -> None:
+    def __init__(
+        self,
+        scope: Scope,
+        receive: Receive,
+        send: Send,
+        settings: Settings,
+        to_error_body: errors.ToBody = errors.to_body,
+    ) -> None:
         self.scope = scope
         self.headers = Headers(scope=scope)
         self.request_id: RequestId = RequestId.of(scope)
         self._receive = receive
         self._send = send
+        self._to_error_body = to_error_body
         self._max_body_bytes = int(settings.max_body_mib * 2**20)
         self._keepalive_seconds = settings.keepalive_seconds
         self._has_replied = False
@@ -90,13 +99,15 @@ class Call:
                 if not task.cancelled():
                     task.exception()  # of nobody's interest any more, but asyncio reports one that is never looked at
 
-    async def reply(self, body: bytes, *, content_type: bytes = JSON_TYPE) -> None:
+    async def reply(
+        self, body: bytes, *, content_type: bytes = JSON_TYPE, headers: Sequence[tuple[bytes, bytes]] = ()
+    ) -> None:
         self._has_replied = True
-        await respond(self._send, 200, body, [(b"content-type", content_type)])
+        await respond(self._send, 200, body, [(b"content-type", content_type), *headers])
 
-    def events(self) -> EventStream:
+    def events(self, form: EventForm = DONE_TERMINATED) -> EventStream:
         """Begin an event stream; `refuse` knows how to end it."""
-        self._events = EventStream(self._send, keepalive_seconds=self._keepalive_seconds)
+        self._events = EventStream(self._send, keepalive_seconds=self._keepalive_seconds, form=form)
         return self._events
 
     async def refuse(self, error: ServeError) -> None:
@@ -105,10 +116,10 @@ class Call:
             close_after_response: Callable[[], None] | None = self.scope.get("state", {}).get(CLOSE_AFTER_RESPONSE)
             if close_after_response is not None:
                 close_after_response()
-            await self._events.fail(errors.to_body(error))
+            await self._events.fail(self._to_error_body(error))
         elif not self._has_replied:
             self._has_replied = True
-            await refuse(self._send, error)
+            await refuse(self._send, error, to_body=self._to_error_body)
 
     async def _read_body(self) -> bytes:
         declared = self.headers.get("content-length")

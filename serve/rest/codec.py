@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import fields, replace
 from typing import Any
 
@@ -54,9 +54,9 @@ def to_response(completion: Completion) -> bytes:
 class NativeFrames:
     """The data frames of a native stream."""
 
-    def take(self, delta: TextDelta) -> Json | None:
+    def take(self, delta: TextDelta) -> Sequence[Json]:
         if not delta.text and not delta.logprobs and delta.finish_reason is None:
-            return None
+            return ()
         frame: Json = {"index": delta.index, "text": delta.text}
         if delta.logprobs:
             frame["logprobs"] = to_logprobs(delta.logprobs)
@@ -64,7 +64,7 @@ class NativeFrames:
             frame["finish_reason"] = delta.finish_reason.value
         if delta.stop_reason is not None:
             frame["stop_reason"] = delta.stop_reason
-        return frame
+        return (frame,)
 
     def last(self, completion: Completion) -> Json:
         """What the whole response has beside its outputs.

@@ -5,13 +5,14 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 
 from starlette.types import Receive, Scope, Send
 
 from serve.config import Settings
 from serve.errors import EngineFailure, ServeError, Unavailable
 from serve.metrics import Metrics, Protocol, RequestTracker, Route
+from serve.rest import errors
 from serve.rest.call import Call
 
 logger = logging.getLogger(__name__)
@@ -23,14 +24,15 @@ TrackedHandler = Callable[[Call, RequestTracker], Awaitable[None]]
 
 
 class Endpoint:
-    """What a route leads to."""
+    """What a route leads to. `to_error_body`: how the route's schema words an error."""
 
-    def __init__(self, handler: Handler, settings: Settings) -> None:
+    def __init__(self, handler: Handler, settings: Settings, to_error_body: errors.ToBody = errors.to_body) -> None:
         self._handler = handler
         self._settings = settings
+        self._to_error_body = to_error_body
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        call = Call(scope, receive, send, self._settings)
+        call = Call(scope, receive, send, self._settings, self._to_error_body)
         try:
             await self._handler(call)
         except ServeError as error:
@@ -42,6 +44,17 @@ class Endpoint:
         except Exception:
             logger.exception("a REST handler failed")
             await call.refuse(EngineFailure("internal error"))
+
+
+class ByMethod:
+    """What one path leads to, by method; the router lets no others in."""
+
+    def __init__(self, endpoints: Mapping[str, Endpoint]) -> None:
+        self._endpoints = endpoints
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        method = "GET" if scope["method"] == "HEAD" else scope["method"]
+        await self._endpoints[method](scope, receive, send)
 
 
 def tracked(route: Route, metrics: Metrics, handler: TrackedHandler) -> Handler:

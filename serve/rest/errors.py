@@ -1,17 +1,20 @@
 """From an error's kind to an HTTP status and an OpenAI error type: the only place that decides.
 
-Every refusal, on every route, has the body `{"error": {"message", "type", "param", "code"}}`. `code` is the kind, so
-that a client can tell a deadline from a full queue without reading the message; `param` is the field at fault.
+Every refusal has the body `{"error": {"message", "type", "param", "code"}}`. `code` is the kind, so that a client can
+tell a deadline from a full queue without reading the message; `param` is the field at fault. Text Generation
+Inference's routes have its body, `{"error", "error_type"}`, under the same statuses.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 from serve.errors import ServeError
 
 Headers = list[tuple[bytes, bytes]]
+ToBody = Callable[[ServeError], dict[str, Any]]
 
 # kind -> (status, type). The types are OpenAI's words where it has one.
 STATUSES: dict[str, tuple[int, str]] = {
@@ -27,6 +30,18 @@ STATUSES: dict[str, tuple[int, str]] = {
     "unavailable": (503, "service_unavailable_error"),
     "deadline": (504, "timeout_error"),
 }
+# kind -> TGI's word, by which its clients choose the exception; where it has none, our own kind.
+TGI_TYPES: dict[str, str] = {
+    "invalid": "validation",
+    "too_large": "validation",
+    "queue_full": "overloaded",
+    "unavailable": "overloaded",
+    "engine_failure": "generation",
+    "error": "generation",
+    "deadline": "timeout",
+}
+# What a TGI request calls the fields that are not named as ours, in messages that the service words.
+_TGI_NAMES = {"prompt": "inputs"}
 _RETRY_STATUSES = (429, 503)
 _RETRY_SECONDS = 1.0  # where an error does not say when
 
@@ -49,6 +64,19 @@ def to_body(error: ServeError) -> dict[str, Any]:
             "code": error.kind,
         }
     }
+
+
+def to_tgi_body(error: ServeError) -> dict[str, Any]:
+    """
+    >>> from serve.errors import InvalidRequest
+    >>> to_tgi_body(InvalidRequest("prompt must not be blank", field="prompt"))
+    {'error': 'inputs must not be blank', 'error_type': 'validation'}
+    """
+    field = "" if error.field is None else error.field
+    message = error.message
+    if field in _TGI_NAMES and message.startswith(f"{field} "):
+        message = _TGI_NAMES[field] + message.removeprefix(field)
+    return {"error": message, "error_type": TGI_TYPES.get(error.kind, error.kind)}
 
 
 def to_headers(error: ServeError) -> Headers:

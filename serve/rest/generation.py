@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
 
@@ -11,7 +11,9 @@ from serve.metrics import RequestTracker
 from serve.output import Completion, TextDelta
 from serve.request import GenerateRequest
 from serve.rest.call import Call
+from serve.rest.errors import Headers
 from serve.rest.json_text import Json
+from serve.rest.sse import DONE_TERMINATED, EventForm
 from serve.service import ResponseStream, Service
 
 # More log-probabilities than this (about a MB of JSON) are written in a thread, so that the loop answers meanwhile.
@@ -21,8 +23,8 @@ _INLINE_LOGPROBS = 4096
 class Frames(Protocol):
     """A schema's form of a stream: one of these for each response."""
 
-    def take(self, delta: TextDelta) -> Json | None:
-        """The data frame of a delta, None where there is nothing to send yet."""
+    def take(self, delta: TextDelta) -> Sequence[Json]:
+        """The data frames of a delta, none where there is nothing to send yet."""
         ...
 
     def last(self, completion: Completion) -> Json | None:
@@ -32,10 +34,12 @@ class Frames(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Schema:
-    """How a response looks."""
+    """How a response looks. `to_headers`: what a whole response says of itself in headers."""
 
     to_response: Callable[[Completion], bytes]
     to_frames: Callable[[ResponseStream], Frames]
+    to_headers: Callable[[Completion], Headers] = lambda completion: []
+    event_form: EventForm = DONE_TERMINATED
 
 
 async def answer(
@@ -52,9 +56,10 @@ async def answer(
         return
     completion = await call.while_connected(service.generate(request, tracker))
     if _num_logprobs(completion) <= _INLINE_LOGPROBS:
-        await call.reply(schema.to_response(completion))
+        body = schema.to_response(completion)
     else:
-        await call.reply(await asyncio.to_thread(schema.to_response, completion))
+        body = await asyncio.to_thread(schema.to_response, completion)
+    await call.reply(body, headers=schema.to_headers(completion))
 
 
 async def _stream(
@@ -63,10 +68,9 @@ async def _stream(
     stream = await service.open(request, tracker)  # what must be a plain refusal is raised here, before the head
     try:
         frames = schema.to_frames(stream)
-        async with call.events() as events:
+        async with call.events(schema.event_form) as events:
             async for delta in stream:
-                frame = frames.take(delta)
-                if frame is not None:
+                for frame in frames.take(delta):
                     await events.send(frame)
             await events.end(frames.last(stream.completion))
     finally:

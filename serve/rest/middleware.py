@@ -117,11 +117,12 @@ class Keys:
             await self._app(scope, receive, send)
             return
         error = Unauthorized("a valid API key is needed: Authorization: Bearer KEY")
-        if scope["method"] == "POST" and scope["path"] in self._routes:
-            tracker = self._metrics.track(Protocol.REST, self._routes[scope["path"]])
+        route = self._routes.get(scope["path"]) if scope["method"] == "POST" else None
+        if route is not None:
+            tracker = self._metrics.track(Protocol.REST, route)
             tracker.request_id = RequestId.of(scope).value
             tracker.fail(error)
-        await refuse(send, error)
+        await refuse(send, error, to_body=errors.to_tgi_body if route is Route.TGI else errors.to_body)
 
     def _accepts(self, scope: Scope) -> bool:
         given = next((value for name, value in scope["headers"] if name == b"authorization"), b"")

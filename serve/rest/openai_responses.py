@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from typing import ClassVar
 
@@ -64,7 +64,7 @@ class _Chunks:
         self._usage = Usage(stream.prepared.prompt_tokens, 0, sum(prompt.unknown_tokens for prompt in prompts))
         self._begun: set[int] = set()
 
-    def take(self, delta: TextDelta) -> Json | None:
+    def take(self, delta: TextDelta) -> Sequence[Json]:
         """
         Raises:
             EngineFailure: the output failed.
@@ -72,7 +72,7 @@ class _Chunks:
         _check_finish_reason(delta.finish_reason)
         self._usage = replace(self._usage, completion_tokens=self._usage.completion_tokens + len(delta.token_ids))
         if not self._has_text(delta):
-            return None
+            return ()
         choice = self._choice(delta, is_first=delta.index not in self._begun)
         self._begun.add(delta.index)
         choice["finish_reason"] = None if delta.finish_reason is None else delta.finish_reason.value
@@ -82,7 +82,7 @@ class _Chunks:
             chunk["usage"] = to_usage(self._usage)
         elif self._asked.include_usage:
             chunk["usage"] = None
-        return chunk
+        return (chunk,)
 
     def last(self, completion: Completion) -> Json | None:
         """The chunk behind all others: with the usage where it is asked for, with the prompt in a debug request."""

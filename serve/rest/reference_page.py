@@ -50,12 +50,19 @@ def _operation(path: str, method: str, operation: Json, document: Json) -> str:
 
 
 def _fields(schema: Json) -> str:
+    return f"<table><tr><th>field</th><th>type</th><th>meaning</th></tr>{''.join(_rows(schema))}</table>"
+
+
+def _rows(schema: Json, within: str = "") -> list[str]:
+    """One row a field; an object's own fields follow it."""
     rows = []
     for name, field in schema["properties"].items():
         needed = " (required)" if name in schema.get("required", ()) else ""
         kind, meaning = escape(_kind(field)), _prose(field["description"])
-        rows.append(f"<tr><td><code>{name}</code>{needed}</td><td>{kind}</td><td>{meaning}</td></tr>")
-    return f"<table><tr><th>field</th><th>type</th><th>meaning</th></tr>{''.join(rows)}</table>"
+        rows.append(f"<tr><td><code>{within}{name}</code>{needed}</td><td>{kind}</td><td>{meaning}</td></tr>")
+        if "properties" in field:
+            rows += _rows(field, f"{within}{name}.")
+    return rows
 
 
 def _kind(schema: Json) -> str:
@@ -71,7 +78,7 @@ def _kind(schema: Json) -> str:
     if schema["type"] == "array":
         return f"list of {_kind(schema['items'])}"
     if schema["type"] == "object" and "properties" in schema:
-        return "{" + ", ".join(schema["properties"]) + "}"
+        return "object" if "description" in schema else "{" + ", ".join(schema["properties"]) + "}"
     low, high = schema.get("minimum"), schema.get("maximum")
     if low is not None:
         return f"{schema['type']} {low:g}…" + ("" if high is None else f"{high:g}")

@@ -18,7 +18,7 @@ async def respond(send: Send, status: int, body: bytes, headers: errors.Headers)
     await send({"type": "http.response.body", "body": body, "more_body": False})
 
 
-async def refuse(send: Send, error: ServeError, headers: errors.Headers | None = None) -> None:
-    """The error as a response."""
-    fields = [(b"content-type", JSON_TYPE), *errors.to_headers(error), *([] if headers is None else headers)]
-    await respond(send, errors.to_status(error), dump_ascii(errors.to_body(error)), fields)
+async def refuse(send: Send, error: ServeError, *, to_body: errors.ToBody = errors.to_body) -> None:
+    """The error as a response, its body in a schema's form."""
+    fields = [(b"content-type", JSON_TYPE), *errors.to_headers(error)]
+    await respond(send, errors.to_status(error), dump_ascii(to_body(error)), fields)

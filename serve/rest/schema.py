@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from serve.rest.errors import STATUSES
+from serve.rest import tgi
+from serve.rest.errors import STATUSES, TGI_TYPES
 from serve.rest.fields import Table, to_schema
 from serve.rest.json_text import Json
 from serve.rest.openai import CHAT_FIELDS, COMPLETION_FIELDS
@@ -73,6 +74,7 @@ def _paths() -> Json:
             f"visible label; one user turn stands by itself. Unknown fields are ignored. {_SSE}",
             example={"messages": [{"role": "user", "content": "Name a colour."}]},
         ),
+        **_tgi_paths(),
         "/v1/models": {"get": _get("The served model and its limits", "ModelList")},
         "/livez": {"get": _probe("Alive: 503 once the engine is dead")},
         "/readyz": {"get": _probe("Ready: 503 while loading or draining, or with a dead engine")},
@@ -87,7 +89,29 @@ def _paths() -> Json:
     }
 
 
-def _post(summary: str, name: str, description: str, *, example: Json) -> Json:
+def _tgi_paths() -> Json:
+    text = "Text Generation Inference's schema; unknown fields are ignored. Stop text is not returned."
+    events = "One event a token and no `[DONE]`; the last one has `generated_text` and `details`."
+    example = {"inputs": "Name a colour.", "parameters": {"max_new_tokens": 8}}
+    paths = {
+        "/generate": _post("Generate text (TGI)", "Tgi", text, example=example, error="TgiError"),
+        "/generate_stream": _post("Stream text (TGI)", "Tgi", f"{text} {events}", example=example, error="TgiError"),
+        "/": _post(
+            "Generate or stream (TGI)",
+            "TgiAsAsked",
+            f"{text} With `stream: true` as /generate_stream, else a list of one object.",
+            example=example,
+            error="TgiError",
+        ),
+        "/info": {"get": _get("The served model and its limits (TGI)", "TgiInfo")},
+    }
+    paths["/generate_stream"]["post"]["responses"]["200"]["content"] = {
+        "text/event-stream": {"schema": _ref("TgiEvent")}
+    }
+    return paths
+
+
+def _post(summary: str, name: str, description: str, *, example: Json, error: str = "Error") -> Json:
     body = {"schema": _ref(f"{name}Request"), "example": example}
     return {
         "post": {
@@ -103,7 +127,7 @@ def _post(summary: str, name: str, description: str, *, example: Json) -> Json:
                     "description": "The answer.",
                     "content": {"application/json": {"schema": _ref(f"{name}Response")}},
                 },
-                **{str(status): _refusal(words) for status, words in _STATUS_WORDS.items()},
+                **{str(status): _refusal(words, error) for status, words in _STATUS_WORDS.items()},
             },
         }
     }
@@ -122,8 +146,8 @@ def _probe(summary: str) -> Json:
     }
 
 
-def _refusal(description: str) -> Json:
-    return {"description": description, "content": {"application/json": {"schema": _ref("Error")}}}
+def _refusal(description: str, error: str = "Error") -> Json:
+    return {"description": description, "content": {"application/json": {"schema": _ref(error)}}}
 
 
 def _schemas() -> Json:
@@ -133,9 +157,11 @@ def _schemas() -> Json:
         "TokenizeRequest": (TOKENIZE_FIELDS, False),
         "CompletionRequest": (COMPLETION_FIELDS, True),
         "ChatRequest": (CHAT_FIELDS, True),
+        "TgiRequest": (tgi.GENERATE_FIELDS, True),
+        "TgiAsAskedRequest": (tgi.AS_ASKED_FIELDS, True),
     }
     requests = {name: to_schema(table, is_open=is_open) for name, (table, is_open) in tables.items()}
-    return {**requests, **_native_responses(), **_openai_responses(), "Error": _error()}
+    return {**requests, **_native_responses(), **_openai_responses(), **_tgi_responses(), "Error": _error()}
 
 
 def _native_responses() -> Json:
@@ -231,6 +257,30 @@ def _openai_responses() -> Json:
         "ChatResponse": _object(
             **whole, choices=_list(_object(**choice, message=message, logprobs=_optional(chat_logprobs)))
         ),
+    }
+
+
+def _tgi_responses() -> Json:
+    token: Json = _object(id=_INTEGER, text=_STRING, logprob=_NUMBER, special=_BOOLEAN)
+    prefill = _list(_object(id=_INTEGER, text=_STRING, logprob=_optional(_NUMBER)))
+    reason: Json = {"type": "string", "enum": ["length", "eos_token", "stop_sequence"]}
+    ended = {"finish_reason": reason, "generated_tokens": _INTEGER, "seed": _optional(_INTEGER)}
+    made = {**ended, "prefill": prefill, "tokens": _list(token), "top_tokens": _list(_list(token))}
+    details = _object(**made, best_of_sequences=_list(_object(generated_text=_STRING, **made)))
+    whole = _object(generated_text=_STRING, details=details)
+    limits = ("max_concurrent_requests", "max_best_of", "max_stop_sequences", "max_input_tokens", "max_total_tokens")
+    return {
+        "TgiResponse": whole,
+        "TgiAsAskedResponse": _list(whole),
+        "TgiEvent": _object(
+            index=_INTEGER,
+            token=token,
+            top_tokens=_list(token),
+            generated_text=_optional(_STRING),
+            details=_optional(_object(**ended, input_length=_INTEGER)),
+        ),
+        "TgiInfo": _object(model_id=_STRING, **dict.fromkeys(limits, _INTEGER), version=_STRING),
+        "TgiError": _object(error=_STRING, error_type={"type": "string", "enum": sorted(set(TGI_TYPES.values()))}),
     }
 
 

@@ -1,8 +1,9 @@
-"""Server-sent events: data frames, comments while there is silence, `[DONE]` at the end."""
+"""Server-sent events: data frames, comments while there is silence, an end that the schema chooses."""
 
 from __future__ import annotations
 
 import asyncio
+from dataclasses import dataclass
 from types import TracebackType
 from typing import Self
 
@@ -16,16 +17,25 @@ HEADERS: Headers = [
     (b"cache-control", b"no-cache"),
     (b"x-accel-buffering", b"no"),  # nginx would collect frames
 ]
-_DONE = b"data: [DONE]\n\n"
 _KEEPALIVE = b": keepalive\n\n"
 
 
-def to_event(frame: Json) -> bytes:
-    """
-    >>> to_event({"index": 0, "text": "é"})
+@dataclass(frozen=True, slots=True)
+class EventForm:
+    """How a schema writes its events: what stands before each frame's JSON, and what comes behind the last frame.
+
+    >>> DONE_TERMINATED.to_event({"index": 0, "text": "é"})
     b'data: {"index":0,"text":"\\\\u00e9"}\\n\\n'
     """
-    return b"data: %s\n\n" % dump_ascii(frame)
+
+    prefix: bytes
+    end: bytes
+
+    def to_event(self, frame: Json) -> bytes:
+        return b"%s%s\n\n" % (self.prefix, dump_ascii(frame))
+
+
+DONE_TERMINATED = EventForm(b"data: ", b"data: [DONE]\n\n")
 
 
 class EventStream:
@@ -38,8 +48,9 @@ class EventStream:
     Left with an exception, the response stays open for the error frame.
     """
 
-    def __init__(self, send: Send, *, keepalive_seconds: float) -> None:
+    def __init__(self, send: Send, *, keepalive_seconds: float, form: EventForm = DONE_TERMINATED) -> None:
         self._send = send
+        self._form = form
         self._keepalive_seconds = keepalive_seconds
         self._last_write = 0.0
         self._keeper: asyncio.Task[None] | None = None
@@ -57,16 +68,17 @@ class EventStream:
         self._stop_keeper()
 
     async def send(self, frame: Json) -> None:
-        await self._write(to_event(frame))
+        await self._write(self._form.to_event(frame))
 
     async def end(self, frame: Json | None = None) -> None:
-        """The last frame, if there is one, and `[DONE]`."""
-        await self._finish(_DONE if frame is None else to_event(frame) + _DONE)
+        """The last frame, if there is one, and the form's end."""
+        last = b"" if frame is None else self._form.to_event(frame)
+        await self._finish(last + self._form.end)
 
     async def fail(self, frame: Json) -> None:
-        """The error frame, without `[DONE]`; nothing where the stream is over already."""
+        """The error frame, without the form's end; nothing where the stream is over already."""
         if not self._is_over:
-            await self._finish(to_event(frame))
+            await self._finish(self._form.to_event(frame))
 
     async def _finish(self, last: bytes) -> None:
         self._stop_keeper()

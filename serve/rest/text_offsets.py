@@ -32,6 +32,11 @@ class TextOffsets:
         self._num_bytes = 0  # byte tokens since then: they make at most so many characters
         self._waiting: deque[TextLogprob] = deque()
 
+    @property
+    def position(self) -> int:
+        """Where the text ends that the tokens placed so far have brought."""
+        return self._start + self._position
+
     def push(self, tokens: tuple[TextLogprob, ...], text: str) -> Placed:
         """The tokens that can be placed now."""
         self._text += text

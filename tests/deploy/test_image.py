@@ -64,6 +64,7 @@ names = {d.name.lower() for d in importlib.metadata.distributions()}
 root = importlib.resources.files("serve")
 print(json.dumps({
     "demo": sorted(p.name for p in (root / "demo").iterdir()),
+    "static": sorted(p.name for p in (root / "rest" / "static").iterdir()),
     "typed": (root / "py.typed").is_file(),
     "names": sorted(names),
     "home": os.listdir("/home/flan"),
@@ -80,6 +81,8 @@ print(json.dumps({
     )
     found = json.loads(out.splitlines()[-1])
     assert {"config.json", "model.safetensors", "tokenizer.json"} <= set(found["demo"])
+    assert found["static"] == sorted(path.name for path in (ROOT / "serve/rest/static").iterdir())
+    assert {"playground.html", "playground.css", "playground.js"} <= set(found["static"])
     assert found["typed"]
     assert {"torch", "grpcio", "fastapi", "flan-serve"} <= set(found["names"])
     assert not {"pytest", "locust", "ruff", "vllm", "tensorboard"} & set(found["names"])

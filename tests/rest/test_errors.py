@@ -31,7 +31,20 @@ def test_every_kind_has_a_row_and_every_row_a_kind() -> None:
     assert {kind.kind for kind in classes} == set(errors.STATUSES)
 
 
-@pytest.mark.parametrize("path", ["/", "/nope", "/v1", "/v1/generate/", "/v2/generate", "/v1/engines", "/%ff%00"])
+@pytest.mark.parametrize(
+    "path",
+    [
+        "/nope",
+        "/static/",
+        "/static/../app.py",
+        "/generate/",
+        "/v1",
+        "/v1/generate/",
+        "/v2/generate",
+        "/v1/engines",
+        "/%ff%00",
+    ],
+)
 @pytest.mark.parametrize("method", ["GET", "POST", "DELETE"])
 async def test_unknown_routes(method: str, path: str) -> None:
     async with served("yes") as server:

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from serve.rest import tgi
 from serve.rest.fields import Table
 from serve.rest.openai import CHAT_FIELDS, COMPLETION_FIELDS
 from serve.rest.request_fields import GENERATE_FIELDS, SCORE_FIELDS, TOKENIZE_FIELDS
@@ -30,6 +31,7 @@ async def test_the_document_covers_the_routes_and_the_fields() -> None:
         assert document["openapi"].startswith("3.1")
         assert set(document["paths"]) == {
             *("/v1/generate", "/v1/score", "/v1/tokenize", "/v1/completions", "/v1/chat/completions"),
+            *("/generate", "/generate_stream", "/", "/info"),
             *("/v1/models", "/livez", "/readyz", "/health", "/metrics"),
         }
         for path, operations in document["paths"].items():
@@ -45,6 +47,8 @@ async def test_the_document_covers_the_routes_and_the_fields() -> None:
             ("TokenizeRequest", TOKENIZE_FIELDS),
             ("CompletionRequest", COMPLETION_FIELDS),
             ("ChatRequest", CHAT_FIELDS),
+            ("TgiRequest", tgi.GENERATE_FIELDS),
+            ("TgiAsAskedRequest", tgi.AS_ASKED_FIELDS),
         ]:
             assert list(schemas[name]["properties"]) == list(table)
             assert all(field["description"] for field in schemas[name]["properties"].values())
@@ -114,5 +118,13 @@ async def test_the_page_needs_nothing_from_elsewhere() -> None:
         assert not [tag for tag, _ in page.tags if tag in ("script", "link", "img", "iframe")]
         links = [attributes["href"] for tag, attributes in page.tags if tag == "a"]
         assert links == ["openapi.json"]
-        for word in ("POST /v1/generate", "repetition_penalty", "integer 1…64", "number > 0, ≤ 1", "x-request-id"):
+        for word in (
+            "POST /v1/generate",
+            "POST /generate_stream",
+            "parameters.max_new_tokens",
+            "repetition_penalty",
+            "integer 1…64",
+            "number > 0, ≤ 1",
+            "x-request-id",
+        ):
             assert word in page.text

@@ -52,7 +52,7 @@ PYTHONS = blocks("python", "client")
 
 def test_the_readme_has_its_examples() -> None:
     assert len(CURLS) >= 5
-    assert len(PYTHONS) == 2
+    assert len(PYTHONS) == 3
 
 
 @pytest.mark.parametrize("command", CURLS, ids=range(len(CURLS)))

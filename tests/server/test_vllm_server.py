@@ -108,11 +108,8 @@ def test_greedy_is_transformers(server: ServerProcess, folder: Path) -> None:
 def test_a_stream_says_what_unary_says_and_never_half_a_character(server: ServerProcess) -> None:
     fields = {"instruction": 'Repeat exactly this text: "Grüße 😀🎉 日本語 — ok"', "max_tokens": 48}
     whole = generate(server, **fields)["outputs"][0]["text"]
-    pieces = []
     with httpx.stream("POST", f"{server.rest_url}/v1/generate", json={**fields, "stream": True}, timeout=60) as answer:
-        for line in answer.iter_lines():
-            if line.startswith("data: {"):
-                pieces.append(json.loads(line[6:]).get("text", ""))
+        pieces = [json.loads(line[6:]).get("text", "") for line in answer.iter_lines() if line.startswith("data: {")]
     assert "".join(pieces) == whole
     assert "😀🎉 日本語" in whole
     assert len([piece for piece in pieces if piece]) > 5

@@ -1,0 +1,97 @@
+"""`huggingface_hub`'s client, as its users use it, against the really started server with the bundled demo."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import httpx
+import pytest
+from huggingface_hub import InferenceClient
+from huggingface_hub.errors import ValidationError
+
+from tests.server.process import ServerProcess
+
+PROMPT = "Is this review positive or negative?\n\nI loved the story, it was charming."
+KEY = "hf_key-of-this-test"
+
+
+@pytest.fixture(scope="module")
+def demo() -> Iterator[ServerProcess]:
+    with ServerProcess("--api-key", KEY) as process:
+        yield process
+
+
+@pytest.fixture
+def client(demo: ServerProcess) -> InferenceClient:
+    return InferenceClient(demo.rest_url, token=KEY)
+
+
+def test_text(client: InferenceClient) -> None:
+    assert client.text_generation(PROMPT) == "positive"
+    full = client.text_generation(PROMPT, return_full_text=True, max_new_tokens=8)
+    assert full == PROMPT + "positive"
+
+
+def test_a_stream_joins_to_the_text(client: InferenceClient) -> None:
+    prompt = "Take the last letters of Paul Maria and join them. Let's think step by step."
+    text = client.text_generation(prompt, max_new_tokens=60)
+    pieces = list(client.text_generation(prompt, max_new_tokens=60, stream=True))
+    assert len(pieces) > 5
+    assert "".join(pieces) == text
+
+
+def test_details_whole_and_streamed(client: InferenceClient) -> None:
+    whole = client.text_generation(PROMPT, details=True, top_n_tokens=3)
+    assert whole.generated_text == "positive"
+    assert whole.details is not None
+    assert whole.details.finish_reason == "eos_token"
+    assert whole.details.generated_tokens == len(whole.details.tokens)
+    assert [token.special for token in whole.details.tokens] == [False] * (len(whole.details.tokens) - 1) + [True]
+    assert whole.details.top_tokens is not None
+    assert all(len(top) == 3 for top in whole.details.top_tokens)
+    events = list(client.text_generation(PROMPT, details=True, stream=True))
+    assert [event.token.id for event in events] == [token.id for token in whole.details.tokens]
+    assert [event.token.text for event in events] == [token.text for token in whole.details.tokens]
+    for event, token in zip(events, whole.details.tokens, strict=True):
+        assert event.token.logprob == pytest.approx(token.logprob, abs=1e-3)
+    assert events[-1].generated_text == "positive"
+    assert events[-1].details is not None
+    assert events[-1].details.finish_reason == "eos_token"
+
+
+def test_sampling_is_repeatable_by_the_seed_that_details_tell(client: InferenceClient) -> None:
+    drawn = client.text_generation(PROMPT, details=True, do_sample=True, temperature=1.5, max_new_tokens=20)
+    assert drawn.details is not None
+    assert drawn.details.seed is not None
+    again = client.text_generation(PROMPT, do_sample=True, temperature=1.5, max_new_tokens=20, seed=drawn.details.seed)
+    assert again == drawn.generated_text
+    assert isinstance(client.text_generation(PROMPT, do_sample=True, best_of=3, max_new_tokens=5), str)
+
+
+def test_stop_text_is_not_returned(client: InferenceClient) -> None:
+    answer = client.text_generation(PROMPT, details=True, stop=["tive"])
+    assert answer.generated_text == "posi"
+    assert answer.details is not None
+    assert answer.details.finish_reason == "stop_sequence"
+
+
+def test_errors_become_the_clients_own(client: InferenceClient, demo: ServerProcess) -> None:
+    with pytest.raises(ValidationError, match="top_k must be"):
+        client.text_generation(PROMPT, top_k=-1)
+    with pytest.raises(ValidationError, match="temperature must be in"):
+        list(client.text_generation(PROMPT, temperature=3.0, stream=True))
+    assert httpx.post(demo.rest_url, json={"inputs": PROMPT}).status_code == 401
+
+
+def test_endpoint_info_and_health(demo: ServerProcess) -> None:
+    client = InferenceClient(demo.rest_url, provider="hf-inference", token=KEY)  # only so it asks for these two
+    assert client.text_generation(PROMPT) == "positive"
+    info = client.get_endpoint_info()
+    assert info["model_id"] == "flan-demo"
+    assert info["max_total_tokens"] > info["max_input_tokens"] > 0
+    assert client.health_check()
+
+
+def test_chat_completion_with_the_served_name(client: InferenceClient) -> None:
+    answer = client.chat_completion([{"role": "user", "content": PROMPT}], max_tokens=8, temperature=0)
+    assert answer.choices[0].message.content == "positive"
