@@ -51,7 +51,10 @@ class Settings:
     )
     device: str = _option("auto", "where it runs", choices=("auto", "cpu", "cuda"))
     dtype: str = _option(
-        "auto", "number format of the weights", choices=("auto", "float32", "bfloat16", "float16", "int8")
+        "auto",
+        "number format (auto: on a CPU weights in float16 with float32 arithmetic, on CUDA bfloat16; "
+        "int8: on a CPU only)",
+        choices=("auto", "float32", "bfloat16", "float16", "int8"),
     )
     host: str = _option("127.0.0.1", "address to listen on, REST and gRPC", metavar="ADDRESS")
     port: int = _option(8000, "REST port; 0 = any free", low=0, high=65535)

@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from itertools import groupby
 
 import torch
-import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
+from serve.engine.cached_attention import CachedAttention, cached_attention
 from serve.engine.layers import RelativeBias
 from serve.engine.sequence import Prompt, Sequence
 from serve.engine.slabs import CacheTensors
@@ -23,48 +23,39 @@ _SHARED_WIDTH = 4  # prompts with more sequences than this get a call of their o
 class _SelfGroup:
     """The sequences of one capacity: rows `start`..`stop` - 1 of the batch, rows 0.. of the slab.
 
-    slab [layers, rows, 2, heads, capacity, d_kv]; positions, rows [n]; mask [n, heads, 1, length].
+    `vectors`, a layer each: all of the slab as [2 * rows * heads * capacity, d_kv]; `places` [n, 2, heads] are where
+    this step's keys and values go among them.
     """
 
     start: int
     stop: int
-    length: int
-    slab: Tensor
-    rows: Tensor
-    positions: Tensor
-    mask: Tensor
+    vectors: tuple[Tensor, ...]
+    places: Tensor
+    attention: CachedAttention
 
     def attend(self, layer: int, q: Tensor, keys_values: Tensor) -> Tensor:
-        """q [batch, heads, d_kv], keys_values [batch, 2, heads, d_kv] -> [n, heads, d_kv]."""
-        part = slice(self.start, self.stop)
-        cache = self.slab[layer]
-        cache[self.rows, :, :, self.positions] = keys_values[part]
-        key, value = cache[: self.stop - self.start, :, :, : self.length].unbind(1)
-        out = F.scaled_dot_product_attention(q[part].unsqueeze(2), key, value, attn_mask=self.mask, scale=1.0)
-        return out.squeeze(2)
+        """q [batch, heads, d_kv], keys_values [batch, 2, heads, d_kv] -> [n, heads * d_kv]."""
+        if q.shape[0] > self.stop - self.start:
+            q, keys_values = q[self.start : self.stop], keys_values[self.start : self.stop]
+        self.vectors[layer].index_put_((self.places,), keys_values)
+        return self.attention(layer, q.unsqueeze(1))
 
 
 @dataclass(frozen=True, slots=True)
 class _CrossGroup:
     """Prompts of one capacity, each with up to `width` queries, one a sequence.
 
-    slab [layers, prompts, 2, heads, capacity, d_kv]; gather [prompts * width] batch rows, None when that is all of
-    the batch in order; mask [prompts, 1, 1, length], None when all prompts have that length.
+    `gather` [prompts * width] are batch rows, None when that is all of the batch in order.
     """
 
-    slab: Tensor
     width: int
-    length: int
     gather: Tensor | None
-    mask: Tensor | None
+    attention: CachedAttention
 
     def attend(self, layer: int, q: Tensor) -> Tensor:
-        """q [batch, heads, d_kv] -> [prompts * width, heads, d_kv]."""
-        key, value = self.slab[layer, :, :, :, : self.length].unbind(1)
+        """q [batch, heads, d_kv] -> [prompts * width, heads * d_kv]."""
         picked = q if self.gather is None else q[self.gather]
-        queries = picked.view(-1, self.width, *q.shape[1:]).transpose(1, 2)
-        out = F.scaled_dot_product_attention(queries, key, value, attn_mask=self.mask, scale=1.0)
-        return out.transpose(1, 2).flatten(0, 1)
+        return self.attention(layer, picked.view(-1, self.width, *q.shape[1:]))
 
 
 class DecodeBatch:
@@ -92,12 +83,12 @@ class DecodeBatch:
         self._merge = self._make_cross_groups(sequences, prompts, cache)
 
     def self_attention(self, layer: int, q: Tensor, keys_values: Tensor) -> Tensor:
-        """[batch, heads, d_kv] and [batch, 2, heads, d_kv] -> [batch, heads, d_kv]."""
+        """[batch, heads, d_kv] and [batch, 2, heads, d_kv] -> [batch, heads * d_kv]."""
         parts = [group.attend(layer, q, keys_values) for group in self._self_groups]
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     def cross_attention(self, layer: int, q: Tensor) -> Tensor:
-        """[batch, heads, d_kv] -> [batch, heads, d_kv]."""
+        """[batch, heads, d_kv] -> [batch, heads * d_kv]."""
         parts = [group.attend(layer, q) for group in self._cross_groups]
         out = parts[0] if len(parts) == 1 else torch.cat(parts)
         return out if self._merge is None else out[self._merge]
@@ -111,14 +102,17 @@ class DecodeBatch:
             length = max(places) + 1
             positions = torch.tensor(places, device=self._device)
             distances = torch.arange(length, device=self._device)[None, :] - positions[:, None]
+            slab = cache.self_slabs.by_kind(capacity)
+            kinds, rows, heads = slab.shape[1:4]
+            offsets = torch.arange(kinds * rows * heads, device=self._device) * capacity
+            offsets = offsets.view(kinds, rows, heads).transpose(0, 1)
+            mask = bias.at(distances).transpose(0, 1).contiguous()
             yield _SelfGroup(
                 start=start,
                 stop=start + len(places),
-                length=length,
-                slab=cache.self_slabs[capacity],
-                rows=torch.arange(len(places), device=self._device),
-                positions=positions,
-                mask=bias.at(distances).transpose(0, 1).unsqueeze(2).contiguous(),
+                vectors=slab.flatten(1, 4).unbind(0),
+                places=offsets[: len(places)] + positions[:, None, None],
+                attention=cached_attention(slab[:, :, : len(places)], length, mask),
             )
             start += len(places)
 
@@ -146,7 +140,7 @@ class DecodeBatch:
                     for offset, row in enumerate(shown):
                         places[row] = filled + len(gather) + offset
                     gather += shown + [0] * (width - len(shown))
-                slab = cache.cross_slabs[capacity][:, part.start : part.stop]
+                slab = cache.cross_slabs.by_kind(capacity)[:, :, part.start : part.stop]
                 self._cross_groups.append(self._cross_group(slab, members[part], width, gather, len(sequences)))
                 filled += len(gather)
         return None if places == list(range(filled)) else torch.tensor(places, device=self._device)
@@ -158,12 +152,16 @@ class DecodeBatch:
         length = max(lengths)
         mask = None
         if min(lengths) < length:
-            ends = torch.tensor(lengths, device=self._device)[:, None]
-            blocked = torch.arange(length, device=self._device)[None, :] >= ends
+            ends = torch.tensor(lengths, device=self._device)[:, None, None]
+            blocked = torch.arange(length, device=self._device) >= ends  # [prompts, 1, length]
             mask = torch.zeros(blocked.shape, device=self._device, dtype=slab.dtype).masked_fill_(blocked, -math.inf)
-            mask = mask[:, None, None, :]
+            mask = mask.expand(-1, slab.shape[3], -1)
         in_order = gather == list(range(batch))
-        return _CrossGroup(slab, width, length, None if in_order else torch.tensor(gather, device=self._device), mask)
+        return _CrossGroup(
+            width=width,
+            gather=None if in_order else torch.tensor(gather, device=self._device),
+            attention=cached_attention(slab, length, mask),
+        )
 
 
 def _capacity(holder: Sequence | Prompt) -> int:

@@ -8,6 +8,7 @@ import torch
 
 from serve.engine.config import EngineSettings
 from serve.engine.engine import Engine
+from serve.engine.layers import WeightFormat
 from serve.engine.model import T5Model
 from serve.engine.runner import ModelRunner, Runner
 from serve.engine.weights import load_checkpoint
@@ -18,16 +19,17 @@ def load_model(
     *,
     device: torch.device,
     dtype: torch.dtype,
+    weights: WeightFormat = "plain",
     vocab_limit: int | None = None,
     trust_checkpoint: bool = False,
 ) -> T5Model:
-    """Read a checkpoint folder onto a device.
+    """Read a checkpoint folder onto a device; see T5Model for `dtype` and `weights`.
 
     Raises:
         CheckpointError: naming the file or tensor at fault.
     """
     checkpoint = load_checkpoint(folder, trust_checkpoint=trust_checkpoint)
-    return T5Model(checkpoint, device=device, dtype=dtype, vocab_limit=vocab_limit)
+    return T5Model(checkpoint, device=device, dtype=dtype, weights=weights, vocab_limit=vocab_limit)
 
 
 def make_engine(model: T5Model, settings: EngineSettings, runner: Runner | None = None) -> Engine:

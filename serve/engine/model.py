@@ -6,7 +6,8 @@ Scores are never divided by sqrt(D), cross-attention has no bias, layer 0's rela
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
+from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -15,12 +16,14 @@ import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
 from serve.engine.attention import RaggedAttention
-from serve.engine.layers import ACTIVATION_FUNCTIONS, Linear, RelativeBias, make_linear, rms_norm
+from serve.engine.layers import ACTIVATION_FUNCTIONS, Linear, RelativeBias, RmsNorm, WeightFormat, make_linear
+from serve.engine.packed_linear import Float16Linear, fbgemm_available
+from serve.engine.shortlist_head import MIN_VOCABULARY, ShortlistHead
 from serve.engine.weights import Checkpoint
 
 
 class DecodeAttention(Protocol):
-    """What the decoder asks of the cache; the runner prepares one a step. Queries and results are [B, H, D]."""
+    """What the decoder asks of the cache; the runner prepares one a step. Queries are [B, H, D], results [B, H * D]."""
 
     def self_attention(self, layer: int, q: Tensor, keys_values: Tensor) -> Tensor:
         """Write keys and values [B, 2, H, D] at each sequence's position, then attend over its positions so far."""
@@ -35,7 +38,7 @@ class DecodeAttention(Protocol):
 class _Attention:
     """`qkv` is one matrix [3 * inner, d_model] for self-attention."""
 
-    norm: Tensor
+    norm: RmsNorm
     qkv: Linear
     out: Linear
 
@@ -44,7 +47,7 @@ class _Attention:
 class _CrossAttention:
     """`kv` [2 * inner, d_model] runs once a prompt, `q` every step."""
 
-    norm: Tensor
+    norm: RmsNorm
     q: Linear
     kv: Linear
     out: Linear
@@ -54,7 +57,7 @@ class _CrossAttention:
 class _FeedForward:
     """`wi` holds both halves of a gated layer: [2 * d_ff, d_model]."""
 
-    norm: Tensor
+    norm: RmsNorm
     wi: Linear
     wo: Linear
 
@@ -76,34 +79,43 @@ class T5Model:
     """Weights on their device, and what T5 does with them. Holds no state of any request."""
 
     def __init__(
-        self, checkpoint: Checkpoint, *, device: torch.device, dtype: torch.dtype, vocab_limit: int | None = None
+        self,
+        checkpoint: Checkpoint,
+        *,
+        device: torch.device,
+        dtype: torch.dtype,
+        weights: WeightFormat = "plain",
+        vocab_limit: int | None = None,
     ) -> None:
-        """Rows of the head from `vocab_limit` on are dropped: those ids can be neither drawn nor scored."""
+        """`dtype` is that of activations and caches; `weights` other than "plain" are for float32 on a CPU.
+
+        Rows of the head from `vocab_limit` on are dropped: those ids can be neither drawn nor scored.
+        """
         config = checkpoint.config
         self.config = config
         self.device = device
         self.dtype = dtype
         self.vocab_limit = config.vocab_size if vocab_limit is None else min(vocab_limit, config.vocab_size)
-        build = _Builder(checkpoint, device, dtype)
+        build = _Builder(checkpoint, device, dtype, weights)
         self._embedding = build.tensor("shared.weight")
-        self._head = make_linear(checkpoint.head[: self.vocab_limit], device=device, dtype=dtype, few_rows=True)
+        self._head = _Head(checkpoint.head[: self.vocab_limit], build)
         self._scale = config.d_model**-0.5 if checkpoint.tied and config.scale_decoder_outputs else 1.0
         self._encoder = [build.encoder_layer(block) for block in range(config.num_layers)]
         self._decoder = [build.decoder_layer(block) for block in range(config.num_decoder_layers)]
-        self._encoder_norm = build.tensor("encoder.final_layer_norm.weight")
-        self._decoder_norm = build.tensor("decoder.final_layer_norm.weight")
+        self._encoder_norm = build.norm("encoder.final_layer_norm.weight")
+        self._decoder_norm = build.norm("decoder.final_layer_norm.weight")
         self.encoder_bias = build.bias("encoder", causal=False)
         self.decoder_bias = build.bias("decoder", causal=True)
         self._activation = ACTIVATION_FUNCTIONS[config.activation]
 
-    def encode(self, token_ids: Tensor, lengths: Sequence[int]) -> Tensor:
+    def encode(self, token_ids: Tensor, lengths: SequenceOf[int]) -> Tensor:
         """Encoder states [T, d_model] of several prompts' `token_ids` [T], laid one after the other."""
         attend = RaggedAttention(lengths, self.encoder_bias, causal=False, device=self.device)
         h = F.embedding(token_ids, self._embedding)
         for layer in self._encoder:
-            h = h + self._self_attention(layer.attention, h, attend)
-            h = h + self._feed_forward(layer.feed_forward, h)
-        return self._norm(h, self._encoder_norm)
+            h += self._self_attention(layer.attention, h, attend)
+            h += self._feed_forward(layer.feed_forward, h)
+        return self._encoder_norm(h)
 
     def cross_keys_values(self, states: Tensor) -> Iterator[Tensor]:
         """Per decoder layer the keys and values of encoder states [T, d_model]: [T, 2, H, D]."""
@@ -115,15 +127,14 @@ class T5Model:
         heads, d_kv = self.config.num_heads, self.config.d_kv
         h = F.embedding(token_ids, self._embedding)
         for index, layer in enumerate(self._decoder):
-            x = self._norm(h, layer.attention.norm)
-            qkv = layer.attention.qkv(x).view(-1, 3, heads, d_kv)
-            h = h + layer.attention.out(attention.self_attention(index, qkv[:, 0], qkv[:, 1:]).flatten(1))
-            q = layer.cross.q(self._norm(h, layer.cross.norm)).view(-1, heads, d_kv)
-            h = h + layer.cross.out(attention.cross_attention(index, q).flatten(1))
-            h = h + self._feed_forward(layer.feed_forward, h)
-        return self._norm(h, self._decoder_norm)
+            qkv = layer.attention.qkv(layer.attention.norm(h)).view(-1, 3, heads, d_kv)
+            h += layer.attention.out(attention.self_attention(index, qkv[:, 0], qkv[:, 1:]))
+            q = layer.cross.q(layer.cross.norm(h)).view(-1, heads, d_kv)
+            h += layer.cross.out(attention.cross_attention(index, q))
+            h += self._feed_forward(layer.feed_forward, h)
+        return self._decoder_norm(h)
 
-    def decode_forced(self, token_ids: Tensor, lengths: Sequence[int], cross: Sequence[Tensor]) -> Tensor:
+    def decode_forced(self, token_ids: Tensor, lengths: SequenceOf[int], cross: SequenceOf[Tensor]) -> Tensor:
         """Decoder states [T, d_model] of whole given texts that share one prompt.
 
         `token_ids` [T]: each text's decoder input (start token first). `cross[layer]`: the prompt's keys and values
@@ -133,53 +144,103 @@ class T5Model:
         heads, d_kv = self.config.num_heads, self.config.d_kv
         h = F.embedding(token_ids, self._embedding)
         for layer, keys_values in zip(self._decoder, cross, strict=True):
-            h = h + self._self_attention(layer.attention, h, attend)
-            q = layer.cross.q(self._norm(h, layer.cross.norm)).view(-1, heads, d_kv).transpose(0, 1)
+            h += self._self_attention(layer.attention, h, attend)
+            q = layer.cross.q(layer.cross.norm(h)).view(-1, heads, d_kv).transpose(0, 1)
             key, value = keys_values
             attended = F.scaled_dot_product_attention(q[None], key[None], value[None], scale=1.0)
-            h = h + layer.cross.out(attended[0].transpose(0, 1).flatten(1))
-            h = h + self._feed_forward(layer.feed_forward, h)
-        return self._norm(h, self._decoder_norm)
+            h += layer.cross.out(attended[0].transpose(0, 1).flatten(1))
+            h += self._feed_forward(layer.feed_forward, h)
+        return self._decoder_norm(h)
 
-    def logits(self, states: Tensor) -> Tensor:
-        """Decoder states [B, d_model] -> float32 logits [B, vocab_limit]."""
+    def logits(self, states: Tensor, best_only: SequenceOf[bool] = ()) -> Tensor:
+        """Decoder states [B, d_model] -> float32 logits [B, vocab_limit].
+
+        `best_only` marks rows that nobody asks for more than their largest logit: in these only logits that could be
+        it are exact, and all others are smaller. None given: none is.
+        """
         scaled = states if self._scale == 1.0 else states * self._scale
-        return self._head(scaled).float()
+        return self._head(scaled, best_only)
 
     def _self_attention(self, layer: _Attention, h: Tensor, attend: RaggedAttention) -> Tensor:
-        x = self._norm(h, layer.norm)
+        x = layer.norm(h)
         q, k, v = layer.qkv(x).view(-1, 3, self.config.num_heads, self.config.d_kv).unbind(1)
         return layer.out(attend(q, k, v).flatten(1))
 
     def _feed_forward(self, layer: _FeedForward, h: Tensor) -> Tensor:
-        x = layer.wi(self._norm(h, layer.norm))
+        x = layer.wi(layer.norm(h))
         if self.config.gated:
             gate, linear = x.chunk(2, dim=-1)
-            return layer.wo(self._activation(gate) * linear)
+            return layer.wo(self._activation(gate).mul_(linear))
         return layer.wo(self._activation(x))
 
-    def _norm(self, x: Tensor, weight: Tensor) -> Tensor:
-        return rms_norm(x, weight, self.config.layer_norm_epsilon)
+
+class _Head:
+    """The head: the full product, and a shortlist where that is faster."""
+
+    def __init__(self, weight: Tensor, build: _Builder) -> None:
+        """`weight` is [vocabulary, d_model] in any floating dtype."""
+        self._full = build.head(weight)
+        self._shortlist = build.shortlist(weight)
+
+    def __call__(self, states: Tensor, best_only: SequenceOf[bool]) -> Tensor:
+        """[B, d_model] -> float32 [B, vocabulary]; see T5Model.logits."""
+        if self._shortlist is None or not any(best_only):
+            return self._full(states).float()
+        if all(best_only):
+            logits, crowded = self._shortlist(states)
+            rest = crowded.nonzero().squeeze(1) if bool(crowded.any()) else None
+        else:
+            at = torch.tensor(best_only)
+            short, crowded = self._shortlist(states[at])
+            logits = short.new_empty(states.shape[0], short.shape[1])
+            logits[at] = short
+            at[at.clone()] = ~crowded
+            rest = (~at).nonzero().squeeze(1)
+        if rest is not None:
+            logits[rest] = self._full(states[rest])
+        return logits
 
 
 class _Builder:
     """Takes layers out of a checkpoint, fused and on their device."""
 
-    def __init__(self, checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype) -> None:
+    def __init__(self, checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype, weights: WeightFormat) -> None:
         self._checkpoint = checkpoint
         self._device = device
         self._dtype = dtype
+        self._weights: WeightFormat = weights
+
+    def head(self, weight: Tensor) -> Linear:
+        """The full product. int8 is not for it: a head in float16 costs a greedy step nothing."""
+        weights: WeightFormat = "plain" if self._weights == "plain" else "float16"
+        return make_linear(weight, device=self._device, dtype=self._dtype, weights=weights, few_rows=True)
+
+    def shortlist(self, weight: Tensor) -> ShortlistHead | None:
+        """None where there is no gain or no kernel for it."""
+        on_cpu = self._device.type == "cpu" and self._dtype is torch.float32 and fbgemm_available()
+        if not on_cpu or weight.shape[0] < MIN_VOCABULARY:
+            return None
+        half = self._weights != "plain" and Float16Linear.fits(weight)
+        return ShortlistHead(weight.to(torch.float16 if half else torch.float32))
+
+    def norm(self, name: str) -> RmsNorm:
+        return RmsNorm(self.tensor(name), self._checkpoint.config.layer_norm_epsilon)
 
     def tensor(self, name: str) -> Tensor:
         return self._checkpoint[name].to(device=self._device, dtype=self._dtype)
 
-    def linear(self, *names: str, keep_float32: bool = False) -> Linear:
+    def linear(self, *names: str, delicate: bool = False) -> Linear:
         """One linear layer of the named matrices, outputs one after the other."""
         weight = torch.cat([self._checkpoint[f"{name}.weight"] for name in names])
         # What runs over a prompt's tokens: the encoder, and the keys and values of cross-attention.
         many_rows = names[0].startswith("encoder.") or names[0].endswith("EncDecAttention.k")
         return make_linear(
-            weight, device=self._device, dtype=self._dtype, few_rows=not many_rows, keep_float32=keep_float32
+            weight,
+            device=self._device,
+            dtype=self._dtype,
+            weights=self._weights,
+            few_rows=not many_rows,
+            delicate=delicate,
         )
 
     def bias(self, stack: str, *, causal: bool) -> RelativeBias:
@@ -201,7 +262,7 @@ class _Builder:
         return _DecoderLayer(
             self._attention(f"{prefix}.0"),
             _CrossAttention(
-                norm=self.tensor(f"{prefix}.1.layer_norm.weight"),
+                norm=self.norm(f"{prefix}.1.layer_norm.weight"),
                 q=self.linear(f"{cross}.q"),
                 kv=self.linear(f"{cross}.k", f"{cross}.v"),
                 out=self.linear(f"{cross}.o"),
@@ -212,7 +273,7 @@ class _Builder:
     def _attention(self, prefix: str) -> _Attention:
         names = [f"{prefix}.SelfAttention.{name}" for name in "qkv"]
         return _Attention(
-            norm=self.tensor(f"{prefix}.layer_norm.weight"),
+            norm=self.norm(f"{prefix}.layer_norm.weight"),
             qkv=self.linear(*names),
             out=self.linear(f"{prefix}.SelfAttention.o"),
         )
@@ -220,7 +281,7 @@ class _Builder:
     def _feed_forward(self, prefix: str) -> _FeedForward:
         inputs = ("wi_0", "wi_1") if self._checkpoint.config.gated else ("wi",)
         return _FeedForward(
-            norm=self.tensor(f"{prefix}.layer_norm.weight"),
+            norm=self.norm(f"{prefix}.layer_norm.weight"),
             wi=self.linear(*(f"{prefix}.DenseReluDense.{name}" for name in inputs)),
-            wo=self.linear(f"{prefix}.DenseReluDense.wo", keep_float32=True),
+            wo=self.linear(f"{prefix}.DenseReluDense.wo", delicate=True),
         )

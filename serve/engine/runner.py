@@ -11,7 +11,7 @@ from torch import Tensor
 
 from serve.engine.decode_batch import DecodeBatch
 from serve.engine.model import T5Model
-from serve.engine.sampler import Sampled, finite_logprob, sample
+from serve.engine.sampler import Sampled, finite_logprob, sample, wants_best_only
 from serve.engine.scheduler import ScoreChunk, StepPlan
 from serve.engine.sequence import Prompt
 from serve.engine.slabs import CacheTensors, SlabLimit, Slabs
@@ -39,7 +39,11 @@ class Runner(Protocol):
         ...
 
     def decode(self, plan: StepPlan) -> Tensor:
-        """Logits [sequences, vocabulary] float32 of one decode step of all `plan.decode`."""
+        """Logits [sequences, vocabulary] float32 of one decode step of all `plan.decode`.
+
+        A sequence that wants its best token only (sampler.wants_best_only) may have, for tokens that cannot be it,
+        smaller numbers than theirs.
+        """
         ...
 
     def sample(self, logits: Tensor, plan: StepPlan) -> Sampled:
@@ -69,8 +73,10 @@ class ModelRunner:
         )
 
     def prepare(self, plan: StepPlan) -> None:
+        self_rows, cross_rows = _rows(plan.decode), _rows(plan.prompts)
+        self.cache.reserve(self_rows, cross_rows)  # first: many that grow at once are one allocation
         self.cache.apply(plan.operations)
-        self.cache.settle(_rows(plan.decode), _rows(plan.prompts))
+        self.cache.settle(self_rows, cross_rows)
 
     def encode(self, prompts: SequenceOf[Prompt]) -> None:
         lengths = [len(prompt.token_ids) for prompt in prompts]
@@ -111,7 +117,8 @@ class ModelRunner:
             start_token_id=model.config.decoder_start_token_id,
             device=model.device,
         )
-        return model.logits(model.decode(batch.input_ids, batch))
+        best_only = [wants_best_only(sequence) for sequence in plan.decode]
+        return model.logits(model.decode(batch.input_ids, batch), best_only)
 
     def sample(self, logits: Tensor, plan: StepPlan) -> Sampled:
         return sample(logits, plan.decode, eos_token_id=self._model.config.eos_token_id)

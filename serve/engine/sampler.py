@@ -57,23 +57,39 @@ def _mix(x: int) -> int:
     return x ^ (x >> 31)
 
 
+def wants_best_only(sequence: Sequence) -> bool:
+    """Whether a sequence's next token is its largest logit's as it is, and nothing else is asked of the others.
+
+    What it replays does not matter.
+    """
+    params = sequence.params
+    if sequence.replaying:
+        return True
+    plain = params.greedy and params.logprobs is None and params.repetition_penalty == 1.0 and not params.logit_bias
+    return plain and (params.ignore_eos or len(sequence.token_ids) >= params.min_tokens)
+
+
 def sample(logits: Tensor, sequences: SequenceOf[Sequence], *, eos_token_id: int) -> Sampled:
     """Choose the next token of each sequence.
 
     `logits` [sequences, vocabulary] float32 is changed in place. Rows that replay known tokens are not worth more
     than an argmax. A row that is not finite gets an arbitrary token and `finite` false.
     """
-    finite = logits.amax(-1).isfinite()
-    _penalize(logits, sequences)
-    _bias(logits, sequences, eos_token_id)
-    chosen = _argmax(logits)
-    drawn = [row for row, s in enumerate(sequences) if not s.params.greedy and not s.replaying]
+    best = _block_maxima(logits)
+    finite = best.amax(-1).isfinite()
+    changed = [row for row, s in enumerate(sequences) if not wants_best_only(s)]
+    if changed:
+        _penalize(logits, sequences)
+        _bias(logits, sequences, eos_token_id)
+        best = _block_maxima(logits)
+    chosen = _argmax(logits, best)
+    drawn = [row for row in changed if not sequences[row].params.greedy]
     if drawn:
         rows = torch.tensor(drawn, device=logits.device)
         chosen[rows] = _draw(logits[rows], [sequences[row] for row in drawn])
     # One transfer from the device for ids and flags together.
     token_ids, flags = torch.stack((chosen, finite.long())).tolist()
-    asked = [r for r, s in enumerate(sequences) if s.params.logprobs is not None and not s.replaying and flags[r]]
+    asked = [row for row in changed if sequences[row].params.logprobs is not None and flags[row]]
     logprobs = _logprobs(logits, asked, sequences, token_ids) if asked else {}
     return Sampled(token_ids, [bool(flag) for flag in flags], logprobs)
 
@@ -119,21 +135,23 @@ def _bias(logits: Tensor, sequences: SequenceOf[Sequence], eos_token_id: int) ->
         logits.index_put_(at, torch.tensor(values, device=logits.device, dtype=logits.dtype), accumulate=True)
 
 
-def _argmax(logits: Tensor) -> Tensor:
-    """Id of each row's largest logit, [rows]; the smaller id where several are equal.
+def _block_maxima(logits: Tensor) -> Tensor:
+    """The largest logit of each block of _BLOCK tokens, the last of which may be shorter: [rows, blocks]."""
+    vocabulary = logits.shape[1]
+    whole = vocabulary - vocabulary % _BLOCK
+    best: Tensor = logits[:, :whole].reshape(logits.shape[0], -1, _BLOCK).amax(-1)
+    if whole < vocabulary:
+        best = torch.cat((best, logits[:, whole:].amax(-1, keepdim=True)), dim=1)
+    return best
+
+
+def _argmax(logits: Tensor, best: Tensor) -> Tensor:
+    """Id of each row's largest logit, [rows]; the smaller id where several are equal. `best` are its blocks' maxima.
 
     In two stages, because finding a maximum is vectorised and finding its place is not (15 times slower).
     """
-    vocabulary = logits.shape[1]
-    blocks = vocabulary // _BLOCK
-    if blocks < 2:
-        return logits.argmax(-1)
-    whole = blocks * _BLOCK
-    best = logits[:, :whole].view(-1, blocks, _BLOCK).amax(-1)
-    if whole < vocabulary:
-        best = torch.cat((best, logits[:, whole:].amax(-1, keepdim=True)), dim=1)
     columns = best.argmax(-1, keepdim=True) * _BLOCK + torch.arange(_BLOCK, device=logits.device)
-    columns.clamp_(max=vocabulary - 1)
+    columns.clamp_(max=logits.shape[1] - 1)
     place = logits.gather(1, columns).argmax(-1, keepdim=True)
     return columns.gather(1, place).squeeze(1)
 

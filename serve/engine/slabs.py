@@ -25,7 +25,9 @@ class SlabLimit:
 
 
 class Slabs:
-    """The tensors of one pool: capacity -> [layers, rows, 2 (keys, values), heads, capacity, d_kv].
+    """The tensors of one pool: capacity -> [layers, 2 (keys, values), rows, heads, capacity, d_kv].
+
+    In this order all rows' keys, and all their values, are a batch of matrices as they lie.
 
     A slab doubles when it is full, so that growing costs one copy a doubling, as long as both pools together stay
     below `limit.max_bytes`; beyond that it grows by an eighth. It starts as zeros because a masked position still
@@ -52,16 +54,21 @@ class Slabs:
         return sum(slab.nbytes for slab in self._slabs.values())
 
     def __getitem__(self, capacity: int) -> Tensor:
+        """View of a capacity's slab by rows: [layers, rows, 2, heads, capacity, d_kv]."""
+        return self._slabs[capacity].transpose(1, 2)
+
+    def by_kind(self, capacity: int) -> Tensor:
+        """A capacity's slab as it lies: [layers, 2, rows, heads, capacity, d_kv]."""
         return self._slabs[capacity]
 
     def row(self, capacity: int, row: int) -> Tensor:
         """View of one row: [layers, 2, heads, capacity, d_kv]."""
         self.reserve(capacity, row + 1)
-        return self._slabs[capacity][:, row]
+        return self._slabs[capacity][:, :, row]
 
     def reserve(self, capacity: int, rows: int) -> None:
         """Make the slab of `capacity` hold at least `rows` rows."""
-        present = self._slabs[capacity].shape[1] if capacity in self._slabs else 0
+        present = self._slabs[capacity].shape[2] if capacity in self._slabs else 0
         if rows <= present:
             return
         spare = self._limit.spare_bytes // (capacity * self.bytes_per_token)
@@ -70,7 +77,7 @@ class Slabs:
     def settle(self, used_rows: Mapping[int, int]) -> None:
         """Fit every slab to the rows in use (capacity -> rows): grow what is too small, shrink what is far too big."""
         for capacity in list(self._slabs):
-            used, present = used_rows.get(capacity, 0), self._slabs[capacity].shape[1]
+            used, present = used_rows.get(capacity, 0), self._slabs[capacity].shape[2]
             if used == 0:
                 del self._slabs[capacity]
             elif used * _SHRINK_BELOW < present:
@@ -80,11 +87,11 @@ class Slabs:
 
     def _resize(self, capacity: int, rows: int) -> None:
         layers, heads, d_kv = self._shape
-        slab = torch.zeros((layers, rows, 2, heads, capacity, d_kv), device=self._device, dtype=self._dtype)
+        slab = torch.zeros((layers, 2, rows, heads, capacity, d_kv), device=self._device, dtype=self._dtype)
         old = self._slabs.get(capacity)
         if old is not None:
-            kept = min(rows, old.shape[1])
-            slab[:, :kept] = old[:, :kept]
+            kept = min(rows, old.shape[2])
+            slab[:, :, :kept] = old[:, :, :kept]
         self._slabs[capacity] = slab
 
 
@@ -100,6 +107,12 @@ class CacheTensors:
     @property
     def saved_bytes(self) -> int:
         return sum(tensor.nbytes for tensor in self._saved.values())
+
+    def reserve(self, self_rows: Mapping[int, int], cross_rows: Mapping[int, int]) -> None:
+        """Make room for rows in use (capacity -> rows) in one go."""
+        for slabs, rows_by_capacity in ((self.self_slabs, self_rows), (self.cross_slabs, cross_rows)):
+            for capacity, rows in rows_by_capacity.items():
+                slabs.reserve(capacity, rows)
 
     def apply(self, operations: Iterable[CacheOperation]) -> None:
         """Carry out the operations, in order."""

@@ -26,6 +26,7 @@ from serve.engine.config import EngineSettings
 from serve.engine.engine import Engine
 from serve.engine.loading import load_model, make_engine
 from serve.engine.model import T5Model
+from serve.engine.number_format import NumberFormat
 from serve.engine.runner import ModelRunner, Runner
 from serve.engine.sampler import Sampled
 from serve.engine.scheduler import ScoreChunk, StepPlan
@@ -44,7 +45,6 @@ _CPU_CACHE_SHARE = 0.25  # of the memory; it is taken only as requests need it
 _CGROUP_LIMIT = Path("/sys/fs/cgroup/memory.max")
 _MAX_CPU_CACHE_BYTES = 4 << 30
 ENCODER_CACHE_SHARE = 8  # one part in so many is for prompts that are not in use
-_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 T = TypeVar("T")
 Command = Callable[[Engine], None]  # something for the engine thread to do between two steps
@@ -63,17 +63,16 @@ def resolve_device(device: str) -> str:
     return device
 
 
-def resolve_dtype(dtype: str, device: str) -> torch.dtype:
-    """`auto` is float32 on a CPU and bfloat16 on CUDA; never float16, which T5 overflows.
+def resolve_format(dtype: str, device: str, *, packs: bool) -> NumberFormat:
+    """What `--dtype` means on a device; see NumberFormat.of.
 
     Raises:
         CheckpointError: a dtype that this runtime does not have.
     """
-    if dtype == "auto":
-        return torch.bfloat16 if device.startswith("cuda") else torch.float32
-    if dtype not in _DTYPES:
-        raise CheckpointError(f"--dtype {dtype} is not supported by the torch runtime; use {', '.join(_DTYPES)}")
-    return _DTYPES[dtype]
+    try:
+        return NumberFormat.of(dtype, device, packs=packs)
+    except ValueError as error:
+        raise CheckpointError(str(error)) from None
 
 
 class TimedRunner:
@@ -120,6 +119,8 @@ class TimedRunner:
 class TorchRuntime:
     """A T5 checkpoint served by `serve.engine`; see serve.runtimes.base.Runtime for the contract."""
 
+    packs_weights = True  # whether the model can hold its weights in a format of their own
+
     def __init__(  # noqa: PLR0913 - the options of the command line, keyword only
         self,
         model_dir: Path,
@@ -139,7 +140,7 @@ class TorchRuntime:
         """
         self._model_dir = model_dir
         self._device = resolve_device(device)
-        self._dtype = resolve_dtype(dtype, self._device)
+        self._format = resolve_format(dtype, self._device, packs=self.packs_weights)
         self._max_running_sequences = max_running_sequences
         self._encode_tokens_per_step = encode_tokens_per_step
         self._vocab_limit = vocab_limit
@@ -164,7 +165,7 @@ class TorchRuntime:
             runtime="torch",
             architecture=self._architecture,
             is_encoder_decoder=True,
-            dtype=str(self._dtype).removeprefix("torch."),
+            dtype=self._format.name,
             device=self._device,
             max_running_sequences=self._max_running_sequences,
         )
@@ -240,7 +241,8 @@ class TorchRuntime:
         model = load_model(
             self._model_dir,
             device=torch.device(self._device),
-            dtype=self._dtype,
+            dtype=self._format.dtype,
+            weights=self._format.weights,
             vocab_limit=self._vocab_limit,
             trust_checkpoint=self._trust_checkpoint,
         )

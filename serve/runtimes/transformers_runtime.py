@@ -23,6 +23,8 @@ from serve.runtimes.torch_runtime import ENCODER_CACHE_SHARE, TimedRunner, Torch
 class TransformersRuntime(TorchRuntime):
     """A decoder-only checkpoint served by `serve.engine`; see serve.runtimes.base.Runtime for the contract."""
 
+    packs_weights = False  # the layers are transformers'
+
     _runner: CausalRunner
     _context_length: int | None = None
 
@@ -77,7 +79,7 @@ class TransformersRuntime(TorchRuntime):
         model = load_causal_model(
             self._model_dir,
             device=torch.device(self._device),
-            dtype=self._dtype,
+            dtype=self._format.dtype,
             vocab_limit=self._vocab_limit,
             trust_checkpoint=self._trust_checkpoint,
         )

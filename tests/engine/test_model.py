@@ -60,11 +60,14 @@ class Recording(ModelRunner):
 
 
 def greedy(model: T5Model, prompts: list[tuple[int, ...]], steps: int) -> tuple[list[list[int]], list[Tensor]]:
-    """Ids and raw logits [steps, vocabulary] of each prompt, all decoded together."""
+    """Ids and raw logits [steps, vocabulary] of each prompt, all decoded together.
+
+    They ask for log-probabilities, because the logits of a request that does not are good for an argmax only.
+    """
     runner = Recording(model)
     engine = engine_of(model, runner)
     for number, prompt in enumerate(prompts):
-        engine.add(str(number), [prompt], SamplingParams(max_tokens=steps, ignore_eos=True))
+        engine.add(str(number), [prompt], SamplingParams(max_tokens=steps, ignore_eos=True, logprobs=0))
     results = drain(engine)
     ids = [results.sequences[str(number), 0].token_ids for number in range(len(prompts))]
     return ids, [torch.stack(runner.logits[str(number)]) for number in range(len(prompts))]

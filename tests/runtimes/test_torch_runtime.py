@@ -15,13 +15,14 @@ import torch
 
 from serve.engine.config import EngineSettings
 from serve.engine.model import T5Model
+from serve.engine.packed_linear import fbgemm_available
 from serve.engine.runner import ModelRunner, Runner
 from serve.engine.scheduler import StepPlan
 from serve.errors import CheckpointError, EngineFailure
 from serve.output import FinishReason, TokenDelta
 from serve.request import Mode, PreparedPrompt, PreparedRequest, PreparedScore
 from serve.runtimes.base import Runtime, StepStats, TokenStream
-from serve.runtimes.torch_runtime import TorchRuntime, resolve_dtype
+from serve.runtimes.torch_runtime import TorchRuntime, resolve_format
 from serve.sampling_params import SamplingParams
 from tests.engine.checkpoints import make_t5_checkpoint
 
@@ -273,9 +274,21 @@ async def test_a_wrong_checkpoint_stops_the_start(tmp_path: Path) -> None:
     await runtime.stop()
 
 
-def test_resolve_dtype() -> None:
-    assert resolve_dtype("auto", "cpu") is torch.float32
-    assert resolve_dtype("auto", "cuda") is torch.bfloat16
-    assert resolve_dtype("bfloat16", "cpu") is torch.bfloat16
-    with pytest.raises(CheckpointError, match="int8"):
-        resolve_dtype("int8", "cpu")
+@pytest.mark.parametrize("dtype", ["auto", "float32", "float16", "int8"])
+async def test_the_dtype_in_effect_runs_and_is_told(folder: Path, dtype: str) -> None:
+    runtime = TorchRuntime(folder, device="cpu", dtype=dtype)
+    await runtime.start()
+    try:
+        deltas = (await collect(runtime.generate(request())))[0]
+        assert sum(len(delta.token_ids) for delta in deltas) == 8
+        auto = "float16" if fbgemm_available() else "float32"
+        assert runtime.info.dtype == (auto if dtype == "auto" else dtype)
+    finally:
+        await runtime.stop()
+
+
+def test_a_dtype_that_the_runtime_lacks() -> None:
+    with pytest.raises(CheckpointError, match="--dtype int8 is not supported on cpu here; use float32, bfloat16"):
+        resolve_format("int8", "cpu", packs=False)
+    with pytest.raises(CheckpointError, match="--dtype int8 is not supported on cuda"):
+        resolve_format("int8", "cuda", packs=True)

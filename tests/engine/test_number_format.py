@@ -1,0 +1,177 @@
+"""Which format a `--dtype` is on which device, and what the packed ones promise: near float32, alone as in a crowd."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from serve.checkpoint import DEMO_FOLDER
+from serve.engine import number_format
+from serve.engine.layers import WeightFormat
+from serve.engine.loading import load_model
+from serve.engine.model import T5Model
+from serve.engine.number_format import NumberFormat
+from serve.engine.packed_linear import Float16Linear, Int8Linear, PackedLinear, fbgemm_available, onednn_available
+from serve.engine.shortlist_head import MIN_VOCABULARY, ShortlistHead
+from serve.sampling_params import SamplingParams
+from tests.engine.checkpoints import make_t5_checkpoint
+from tests.engine.driving import drain, engine_of
+from tests.engine.test_crowd import check_against_alone, make_guests, play
+from tests.engine.test_model import greedy, random_prompts
+
+CPU = torch.device("cpu")
+FORMATS: tuple[WeightFormat, ...] = ("float16", "int8")
+needs_fbgemm = pytest.mark.skipif(not fbgemm_available(), reason="no packed kernels on this processor")
+
+
+def loaded(folder: Path, weights: WeightFormat, vocab_limit: int | None = None) -> T5Model:
+    return load_model(folder, device=CPU, dtype=torch.float32, weights=weights, vocab_limit=vocab_limit)
+
+
+def test_formats_of_a_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(number_format, "fbgemm_available", lambda: True)
+    assert NumberFormat.of("auto", "cpu") == NumberFormat("float16", torch.float32, "float16")
+    assert NumberFormat.of("int8", "cpu") == NumberFormat("int8", torch.float32, "int8")
+    assert NumberFormat.of("float32", "cpu") == NumberFormat("float32", torch.float32, "plain")
+    assert NumberFormat.of("bfloat16", "cpu") == NumberFormat("bfloat16", torch.bfloat16, "plain")
+    assert NumberFormat.of("auto", "cpu", packs=False) == NumberFormat("float32", torch.float32, "plain")
+    assert NumberFormat.of("auto", "cuda") == NumberFormat("bfloat16", torch.bfloat16, "plain")
+    assert NumberFormat.of("float16", "cuda") == NumberFormat("float16", torch.float16, "plain")
+    with pytest.raises(ValueError, match="int8 is not supported on cuda"):
+        NumberFormat.of("int8", "cuda")
+
+
+def test_without_packed_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(number_format, "fbgemm_available", lambda: False)
+    assert NumberFormat.of("auto", "cpu") == NumberFormat("float32", torch.float32, "plain")
+    assert NumberFormat.of("float16", "cpu") == NumberFormat("float16", torch.float16, "plain")
+    with pytest.raises(ValueError, match=r"int8 is not supported on cpu here; use float32, bfloat16, float16$"):
+        NumberFormat.of("int8", "cpu")
+
+
+@needs_fbgemm
+@pytest.mark.parametrize("weights", FORMATS)
+def test_crowd_equals_alone(small_folder: Path, weights: WeightFormat) -> None:
+    model = loaded(small_folder, weights, vocab_limit=380)
+    guests = make_guests(32, seed=3, max_prompt=300, max_tokens=40)
+    results, runner, _ = play(model, guests, max_running_sequences=24, encode_tokens_per_step=512)
+    assert check_against_alone(model, guests, results) <= 3
+    assert max(runner.decode_sizes) > 8
+
+
+@needs_fbgemm
+@pytest.mark.parametrize(("weights", "tolerance"), [("float16", 2e-2), ("int8", 0.5)])
+def test_logits_stay_near_float32(small_folder: Path, model: T5Model, weights: WeightFormat, tolerance: float) -> None:
+    prompts = random_prompts((8, 40, 200), 380)
+    _, wide = greedy(model, prompts, 1)
+    _, narrow = greedy(loaded(small_folder, weights, vocab_limit=380), prompts, 1)
+    for ours, exact in zip(narrow, wide, strict=True):
+        difference = (ours - exact).abs().max()
+        assert 0.0 < difference < tolerance  # 0 would mean that the format was not in use
+
+
+@needs_fbgemm
+@pytest.mark.parametrize(("weights", "least"), [("float16", 0.998), ("int8", 0.98)])
+def test_the_demo_says_the_same_as_in_float32(weights: WeightFormat, least: float) -> None:
+    """Greedy agreement on a trained model: the share of positions, teacher-forced by float32's own text."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(DEMO_FOLDER, local_files_only=True)
+    texts = [f"What is {a} + {b}? Let's think step by step." for a in range(11, 51, 7) for b in range(5, 50, 9)]
+    texts += ["Find the odd one out. lemonade, spinach, garlic, broccoli", "Which word is the longest? cat, horse, ox"]
+    prompts = [tuple(tokenizer(text).input_ids) for text in texts]
+    exact, packed = loaded(DEMO_FOLDER, "plain"), loaded(DEMO_FOLDER, weights)
+    said, total, equal = generated(exact, prompts), 0, 0
+    with torch.inference_mode():
+        for prompt, tokens in zip(prompts, said, strict=True):
+            best = [forced_best(model, prompt, tokens) for model in (exact, packed)]
+            total += len(tokens)
+            equal += int((best[0] == best[1]).sum())
+    assert total > 300
+    assert equal >= least * total
+
+
+def generated(model: T5Model, prompts: list[tuple[int, ...]]) -> list[list[int]]:
+    engine = engine_of(model)
+    for number, prompt in enumerate(prompts):
+        engine.add(str(number), [prompt], SamplingParams(max_tokens=40))
+    results = drain(engine)
+    return [results.sequences[str(number), 0].token_ids for number in range(len(prompts))]
+
+
+def forced_best(model: T5Model, prompt: tuple[int, ...], tokens: list[int]) -> torch.Tensor:
+    """The best token at each position after `tokens` so far: [tokens]."""
+    states = model.encode(torch.tensor(prompt), [len(prompt)])
+    cross = [keys_values.permute(1, 2, 0, 3) for keys_values in model.cross_keys_values(states)]
+    inputs = torch.tensor([model.config.decoder_start_token_id, *tokens[:-1]])
+    return model.logits(model.decode_forced(inputs, [len(tokens)], cross)).argmax(-1)
+
+
+@needs_fbgemm
+def test_int8_rows_do_not_see_their_neighbours() -> None:
+    """Bit for bit, whatever the neighbours' scale; a row of zeros is zero."""
+    generator = torch.Generator().manual_seed(0)
+    layer = Int8Linear(torch.randn(96, 64, generator=generator))
+    x = torch.randn(37, 64, generator=generator) * torch.logspace(-3, 3, 37)[:, None]
+    x[5] = 0.0
+    together = layer(x)
+    assert torch.equal(together, torch.cat([layer(row[None]) for row in x]))
+    assert torch.equal(together[5], torch.zeros(96))
+
+
+@needs_fbgemm
+def test_float16_weights_round_no_more_than_float16() -> None:
+    generator = torch.Generator().manual_seed(1)
+    weight, x = torch.randn(96, 64, generator=generator), torch.randn(9, 64, generator=generator)
+    expected = x.double() @ weight.half().double().t()
+    assert torch.allclose(Float16Linear(weight)(x).double(), expected, atol=1e-5)
+    assert not torch.allclose(expected, x.double() @ weight.double().t(), atol=1e-5)
+    assert not Float16Linear.fits(weight * 1e5)
+
+
+@pytest.mark.skipif(not onednn_available(), reason="torch has no oneDNN here")
+@pytest.mark.parametrize("rows", [1, 7, 9, 64, 65, 200])
+def test_packed_float32_is_float32(rows: int) -> None:
+    generator = torch.Generator().manual_seed(rows)
+    weight, x = torch.randn(48, 32, generator=generator), torch.randn(rows, 32, generator=generator)
+    out = PackedLinear(weight)(x)
+    assert out.shape == (rows, 48)
+    assert torch.allclose(out, x @ weight.t(), atol=1e-5)
+
+
+@needs_fbgemm
+@pytest.mark.parametrize("spread", [1.0, 1e-3])
+def test_the_shortlist_has_the_best_token(spread: float) -> None:
+    """Always, not mostly: with `spread` small the best are so close that int8 alone would often be wrong."""
+    generator = torch.Generator().manual_seed(2)
+    vocabulary, width = MIN_VOCABULARY + 77, 64
+    common = torch.randn(width, generator=generator)
+    weight = common + spread * torch.randn(vocabulary, width, generator=generator)
+    states = torch.randn(64, width, generator=generator)
+    logits, crowded = ShortlistHead(weight)(states)
+    exact = states @ weight.t()
+    sure = ~crowded
+    assert torch.equal(logits[sure].argmax(-1), exact[sure].argmax(-1))
+    assert torch.allclose(logits[sure].amax(-1), exact[sure].amax(-1), atol=1e-4)
+    if spread == 1.0:
+        assert int(sure.sum()) > 32
+
+
+@needs_fbgemm
+def test_a_greedy_request_gets_the_full_heads_tokens(tmp_path: Path) -> None:
+    """With the shortlist (greedy) and without it (asking for log-probabilities), also side by side."""
+    folder = make_t5_checkpoint(tmp_path, vocab_size=MIN_VOCABULARY + 200)
+    model = loaded(folder, "plain")
+    prompts = random_prompts((9, 30), MIN_VOCABULARY)
+    full, _ = greedy(model, prompts, 20)
+    engine = engine_of(model)
+    for number, prompt in enumerate(prompts):
+        for name, logprobs in (("short", None), ("full", 0)):
+            params = SamplingParams(max_tokens=20, ignore_eos=True, logprobs=logprobs)
+            engine.add(f"{name}{number}", [prompt], params)
+    results = drain(engine)
+    for number, expected in enumerate(full):
+        assert results.sequences[f"short{number}", 0].token_ids == expected
+        assert results.sequences[f"full{number}", 0].token_ids == expected
