@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F  # noqa: N812
@@ -13,6 +14,12 @@ from torch import Tensor
 from serve.engine.layers import RelativeBias
 
 PADDED_LENGTHS = (8, 16, 32, 64, 128)  # shorter texts share one padded attention call; longer ones have their own
+
+
+class RaggedAttend(Protocol):
+    """Self-attention within each text of a batch: q, k, v [tokens, heads, d_kv] -> [tokens, heads, d_kv]."""
+
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor: ...
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 
 import torch
@@ -12,6 +13,8 @@ from serve.engine.layers import WeightFormat
 from serve.engine.model import T5Model
 from serve.engine.runner import ModelRunner, Runner
 from serve.engine.weights import load_checkpoint
+
+logger = logging.getLogger(__name__)
 
 
 def load_model(
@@ -32,10 +35,30 @@ def load_model(
     return T5Model(checkpoint, device=device, dtype=dtype, weights=weights, vocab_limit=vocab_limit)
 
 
+def make_runner(model: T5Model, settings: EngineSettings, *, paged: bool | None = None) -> Runner:
+    """What carries out the engine's plans on the model's device.
+
+    `paged` (default: on CUDA, where Triton is installed) chooses the path of `serve.engine.gpu`; on a CPU that runs
+    through Triton's interpreter and is for tests only.
+    """
+    if paged is None:
+        paged = model.device.type == "cuda"
+    if paged:
+        try:
+            from serve.engine.gpu.runner import PagedRunner
+        except ImportError as error:
+            logger.warning(
+                "no CUDA graphs and no kernels of our own, decoding will be slow: Triton is missing: %s", error
+            )
+        else:
+            return PagedRunner(model, settings)
+    return ModelRunner(model, cache_bytes=settings.cache_bytes)
+
+
 def make_engine(model: T5Model, settings: EngineSettings, runner: Runner | None = None) -> Engine:
-    """An engine over `model`; `runner` (default: a plain ModelRunner) may be a wrapped one."""
+    """An engine over `model`; `runner` (default: the device's) may be a wrapped one."""
     if runner is None:
-        runner = ModelRunner(model, cache_bytes=settings.cache_bytes)
+        runner = make_runner(model, settings)
     config = model.config
     bytes_per_token = config.num_decoder_layers * 2 * config.inner * model.dtype.itemsize
     return Engine(

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
-from serve.engine.attention import RaggedAttention
+from serve.engine.attention import RaggedAttend, RaggedAttention
 from serve.engine.layers import ACTIVATION_FUNCTIONS, Linear, RelativeBias, RmsNorm, WeightFormat, make_linear
 from serve.engine.packed_linear import Float16Linear, fbgemm_available
 from serve.engine.shortlist_head import MIN_VOCABULARY, ShortlistHead
@@ -108,9 +108,13 @@ class T5Model:
         self.decoder_bias = build.bias("decoder", causal=True)
         self._activation = ACTIVATION_FUNCTIONS[config.activation]
 
-    def encode(self, token_ids: Tensor, lengths: SequenceOf[int]) -> Tensor:
-        """Encoder states [T, d_model] of several prompts' `token_ids` [T], laid one after the other."""
-        attend = RaggedAttention(lengths, self.encoder_bias, causal=False, device=self.device)
+    def encode(self, token_ids: Tensor, lengths: SequenceOf[int], attend: RaggedAttend | None = None) -> Tensor:
+        """Encoder states [T, d_model] of several prompts' `token_ids` [T], laid one after the other.
+
+        `attend` None is the attention that runs everywhere.
+        """
+        if attend is None:
+            attend = RaggedAttention(lengths, self.encoder_bias, causal=False, device=self.device)
         h = F.embedding(token_ids, self._embedding)
         for layer in self._encoder:
             h += self._self_attention(layer.attention, h, attend)
@@ -134,13 +138,16 @@ class T5Model:
             h += self._feed_forward(layer.feed_forward, h)
         return self._decoder_norm(h)
 
-    def decode_forced(self, token_ids: Tensor, lengths: SequenceOf[int], cross: SequenceOf[Tensor]) -> Tensor:
+    def decode_forced(
+        self, token_ids: Tensor, lengths: SequenceOf[int], cross: SequenceOf[Tensor], attend: RaggedAttend | None = None
+    ) -> Tensor:
         """Decoder states [T, d_model] of whole given texts that share one prompt.
 
         `token_ids` [T]: each text's decoder input (start token first). `cross[layer]`: the prompt's keys and values
-        [2, H, prompt length, D].
+        [2, H, prompt length, D]. `attend` None is the attention that runs everywhere.
         """
-        attend = RaggedAttention(lengths, self.decoder_bias, causal=True, device=self.device)
+        if attend is None:
+            attend = RaggedAttention(lengths, self.decoder_bias, causal=True, device=self.device)
         heads, d_kv = self.config.num_heads, self.config.d_kv
         h = F.embedding(token_ids, self._embedding)
         for layer, keys_values in zip(self._decoder, cross, strict=True):
@@ -161,7 +168,7 @@ class T5Model:
         scaled = states if self._scale == 1.0 else states * self._scale
         return self._head(scaled, best_only)
 
-    def _self_attention(self, layer: _Attention, h: Tensor, attend: RaggedAttention) -> Tensor:
+    def _self_attention(self, layer: _Attention, h: Tensor, attend: RaggedAttend) -> Tensor:
         x = layer.norm(h)
         q, k, v = layer.qkv(x).view(-1, 3, self.config.num_heads, self.config.d_kv).unbind(1)
         return layer.out(attend(q, k, v).flatten(1))

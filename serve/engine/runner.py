@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence as SequenceOf
 from typing import Protocol
 
@@ -11,16 +10,11 @@ from torch import Tensor
 
 from serve.engine.decode_batch import DecodeBatch
 from serve.engine.model import T5Model
-from serve.engine.sampler import Sampled, finite_logprob, sample, wants_best_only
+from serve.engine.sampler import Sampled, sample, wants_best_only
 from serve.engine.scheduler import ScoreChunk, StepPlan
+from serve.engine.scoring import score_candidates
 from serve.engine.sequence import Prompt
 from serve.engine.slabs import CacheTensors, SlabLimit, Slabs
-
-_LOGIT_ROWS = 64  # rows of the head at a time when scoring: 64 x 32,128 float32 are 8 MB
-
-
-class NotFinite(Exception):
-    """A computation for one request gave NaN or infinity."""
 
 
 class Runner(Protocol):
@@ -73,7 +67,7 @@ class ModelRunner:
         )
 
     def prepare(self, plan: StepPlan) -> None:
-        self_rows, cross_rows = _rows(plan.decode), _rows(plan.prompts)
+        self_rows, cross_rows = rows_in_use(plan.decode), rows_in_use(plan.prompts)
         self.cache.reserve(self_rows, cross_rows)  # first: many that grow at once are one allocation
         self.cache.apply(plan.operations)
         self.cache.settle(self_rows, cross_rows)
@@ -90,22 +84,7 @@ class ModelRunner:
         prompt = chunk.job.prompt
         if prompt is None:
             raise ValueError("a job that is scored holds its prompt")
-        candidates = chunk.candidates
-        start = self._model.config.decoder_start_token_id
-        inputs = self._ids([token for c in candidates for token in (start, *c[:-1])])
-        lengths = [len(candidate) for candidate in candidates]
-        states = self._model.decode_forced(inputs, lengths, self._cross_row(prompt).unbind(0))
-        targets = self._ids([token for candidate in candidates for token in candidate])
-        parts = zip(torch.split(states, _LOGIT_ROWS), torch.split(targets, _LOGIT_ROWS), strict=True)
-        logprobs = torch.cat([self._logprobs(some, some_targets) for some, some_targets in parts]).tolist()
-        if any(math.isnan(value) for value in logprobs):
-            raise NotFinite("the model's output for this prompt is not finite")
-        sums: list[float] = []
-        first = 0
-        for length in lengths:
-            sums.append(math.fsum(finite_logprob(value) for value in logprobs[first : first + length]))
-            first += length
-        return sums
+        return score_candidates(self._model, chunk.candidates, self._cross_row(prompt))
 
     def decode(self, plan: StepPlan) -> Tensor:
         model = self._model
@@ -123,13 +102,6 @@ class ModelRunner:
     def sample(self, logits: Tensor, plan: StepPlan) -> Sampled:
         return sample(logits, plan.decode, eos_token_id=self._model.config.eos_token_id)
 
-    def _logprobs(self, states: Tensor, targets: Tensor) -> Tensor:
-        """Log-probability of each target: [tokens]. Ids beyond the vocabulary's limit are impossible: -inf."""
-        normalized = self._model.logits(states).log_softmax(-1)
-        vocabulary = normalized.shape[1]
-        values = normalized.gather(1, targets.clamp(max=vocabulary - 1)[:, None]).squeeze(1)
-        return torch.where(values.isnan() | (targets < vocabulary), values, -math.inf)
-
     def _cross_row(self, prompt: Prompt) -> Tensor:
         """View of a prompt's keys and values: [layers, 2, heads, prompt length, d_kv]."""
         if prompt.slot is None:
@@ -141,7 +113,7 @@ class ModelRunner:
         return torch.tensor(token_ids, device=self._model.device)
 
 
-def _rows(holders: SequenceOf[Prompt] | SequenceOf[object]) -> dict[int, int]:
+def rows_in_use(holders: SequenceOf[Prompt] | SequenceOf[object]) -> dict[int, int]:
     """Rows in use of each capacity."""
     rows: dict[int, int] = {}
     for holder in holders:

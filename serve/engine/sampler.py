@@ -9,7 +9,8 @@ nothing else, so neither the batch nor a restart or preemption changes it. The d
 cumulative distribution in order of token ids, which equal probabilities cannot reorder. (What remains is rounding: the
 same sequence in two batches has logits that differ by 1e-6, so about one draw in a million falls on the other side.)
 
-Only rows that ask for something pay for it: an all-greedy batch is one argmax.
+Only rows that ask for something pay for it: an all-greedy batch is one argmax. On a CUDA device the host looks at
+nothing but the result: where it would have to ask how far a nucleus reaches, all candidates are sorted there instead.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
 from serve.engine.sequence import Sequence
+from serve.engine.transfer import to_device
 from serve.output import IMPOSSIBLE_LOGPROB, TokenLogprob
 
 _BLOCK = 128
@@ -76,7 +78,7 @@ def sample(logits: Tensor, sequences: SequenceOf[Sequence], *, eos_token_id: int
     than an argmax. A row that is not finite gets an arbitrary token and `finite` false.
     """
     best = _block_maxima(logits)
-    finite = best.amax(-1).isfinite()
+    finite = best.amax(-1).isfinite()  # before anybody is forbidden a token
     changed = [row for row, s in enumerate(sequences) if not wants_best_only(s)]
     if changed:
         _penalize(logits, sequences)
@@ -85,13 +87,20 @@ def sample(logits: Tensor, sequences: SequenceOf[Sequence], *, eos_token_id: int
     chosen = _argmax(logits, best)
     drawn = [row for row in changed if not sequences[row].params.greedy]
     if drawn:
-        rows = torch.tensor(drawn, device=logits.device)
+        rows = to_device(drawn, logits.device)
         chosen[rows] = _draw(logits[rows], [sequences[row] for row in drawn])
+    asked = [row for row in changed if sequences[row].params.logprobs is not None]
+    if asked:
+        return _with_logprobs(logits, chosen, finite, asked, sequences)
     # One transfer from the device for ids and flags together.
     token_ids, flags = torch.stack((chosen, finite.long())).tolist()
-    asked = [row for row in changed if sequences[row].params.logprobs is not None and flags[row]]
-    logprobs = _logprobs(logits, asked, sequences, token_ids) if asked else {}
-    return Sampled(token_ids, [bool(flag) for flag in flags], logprobs)
+    return Sampled(token_ids, [bool(flag) for flag in flags])
+
+
+def best_and_finite(logits: Tensor) -> Tensor:
+    """[2, rows] int64: each row's best token, and whether its logits are finite. May be captured in a CUDA graph."""
+    best = _block_maxima(logits)
+    return torch.stack((_argmax(logits, best), best.amax(-1).isfinite().long()))
 
 
 def _penalize(logits: Tensor, sequences: SequenceOf[Sequence]) -> None:
@@ -106,8 +115,8 @@ def _penalize(logits: Tensor, sequences: SequenceOf[Sequence]) -> None:
             penalties += [sequence.params.repetition_penalty] * len(sequence.token_ids)
     if not rows:
         return
-    at = (torch.tensor(rows, device=logits.device), torch.tensor(columns, device=logits.device))
-    penalty = torch.tensor(penalties, device=logits.device, dtype=logits.dtype)
+    at = (to_device(rows, logits.device), to_device(columns, logits.device))
+    penalty = to_device(penalties, logits.device, dtype=logits.dtype)
     values = logits[at]
     # A token that was generated twice is written twice with the same value: the penalty does not add up.
     logits[at] = torch.where(values > 0, values / penalty, values * penalty)
@@ -131,15 +140,15 @@ def _bias(logits: Tensor, sequences: SequenceOf[Sequence], eos_token_id: int) ->
             columns.append(eos_token_id)
             values.append(-math.inf)
     if rows:
-        at = (torch.tensor(rows, device=logits.device), torch.tensor(columns, device=logits.device))
-        logits.index_put_(at, torch.tensor(values, device=logits.device, dtype=logits.dtype), accumulate=True)
+        at = (to_device(rows, logits.device), to_device(columns, logits.device))
+        logits.index_put_(at, to_device(values, logits.device, dtype=logits.dtype), accumulate=True)
 
 
 def _block_maxima(logits: Tensor) -> Tensor:
     """The largest logit of each block of _BLOCK tokens, the last of which may be shorter: [rows, blocks]."""
     vocabulary = logits.shape[1]
     whole = vocabulary - vocabulary % _BLOCK
-    best: Tensor = logits[:, :whole].reshape(logits.shape[0], -1, _BLOCK).amax(-1)
+    best = logits[:, :whole].view(logits.shape[0], whole // _BLOCK, _BLOCK).amax(-1)
     if whole < vocabulary:
         best = torch.cat((best, logits[:, whole:].amax(-1, keepdim=True)), dim=1)
     return best
@@ -156,49 +165,60 @@ def _argmax(logits: Tensor, best: Tensor) -> Tensor:
     return columns.gather(1, place).squeeze(1)
 
 
-def _draw(logits: Tensor, sequences: SequenceOf[Sequence]) -> Tensor:
-    """One token of each row by temperature, top-k and top-p: [rows]. `logits` [rows, vocabulary] is a copy."""
-    device = logits.device
-    temperatures = torch.tensor([s.params.temperature for s in sequences], device=device, dtype=logits.dtype)
-    logits /= temperatures[:, None]
+def _draw(logits: Tensor, sequences: SequenceOf[Sequence], *, may_look: bool | None = None) -> Tensor:
+    """One token of each row by temperature, top-k and top-p: [rows]. `logits` [rows, vocabulary] is a copy.
+
+    `may_look` (default: not on CUDA): whether the host may read back how far the nuclei reach.
+    """
+    device, vocabulary = logits.device, logits.shape[1]
+    if may_look is None:
+        may_look = device.type != "cuda"
+    limits = [s.params.top_k or vocabulary for s in sequences]
+    shares = [s.params.top_p for s in sequences]
+    logits /= to_device([s.params.temperature for s in sequences], device, dtype=logits.dtype)[:, None]
     numbers = [uniform(s.seed, s.sample, s.position) for s in sequences]
-    draws = torch.tensor(numbers, device=device, dtype=torch.float64)[:, None]
-    top_k = torch.tensor([s.params.top_k or logits.shape[1] for s in sequences], device=device)[:, None]
-    top_p = torch.tensor([s.params.top_p for s in sequences], device=device, dtype=torch.float64)[:, None]
+    draws = to_device(numbers, device, dtype=torch.float64)[:, None]
+    top_k = to_device(limits, device)[:, None]
+    top_p = to_device(shares, device, dtype=torch.float64)[:, None]
     chosen = torch.empty(len(sequences), device=device, dtype=torch.long)
-    limited = [row for row, s in enumerate(sequences) if 0 < s.params.top_k < logits.shape[1] or s.params.top_p < 1.0]
-    left = [row for row in range(len(sequences)) if row not in set(limited)]
+    limited = [row for row in range(len(sequences)) if limits[row] < vocabulary or shares[row] < 1.0]
+    left = sorted(set(range(len(sequences))).difference(limited))
     for candidates in _CANDIDATES:
         rows = [row for row in limited if sequences[row].params.top_k <= candidates]
+        if not may_look:  # top-k alone says for certain that its tokens are among the candidates
+            rows = [row for row in rows if sequences[row].params.top_k > 0]
         if rows:
             # Only as many as needed: more candidates than a row's own top-k do not change its draw.
-            count = max(sequences[row].params.top_k or candidates for row in rows)
-            at = torch.tensor(rows, device=device)
-            chosen[at], enough = _draw_among_best(logits[at], draws[at], top_k[at], top_p[at], count)
-            done = {row for row, found in zip(rows, enough.tolist(), strict=True) if found}
+            count = min(max(sequences[row].params.top_k or candidates for row in rows), vocabulary)
+            certain = all(limits[row] <= count for row in rows)
+            at = to_device(rows, device)
+            chosen[at], enough = _draw_among_best(logits[at], draws[at], top_k[at], top_p[at], count, certain=certain)
+            found = [True] * len(rows) if certain else enough.tolist()
+            done = {row for row, is_done in zip(rows, found, strict=True) if is_done}
             limited = [row for row in limited if row not in done]
     left += limited
     if left:
-        at = torch.tensor(left, device=device)
-        chosen[at] = _draw_among_all(logits[at], draws[at], top_k[at], top_p[at])
+        at = to_device(left, device)
+        chosen[at] = _draw_among_all(logits[at], draws[at], top_k[at], top_p[at], limited=bool(limited))
     return chosen
 
 
 def _draw_among_best(
-    logits: Tensor, draws: Tensor, top_k: Tensor, top_p: Tensor, candidates: int
+    logits: Tensor, draws: Tensor, top_k: Tensor, top_p: Tensor, candidates: int, *, certain: bool = False
 ) -> tuple[Tensor, Tensor]:
     """Draw where top-k or top-p leaves at most `candidates` tokens, without looking at all the others.
 
-    draws, top_k, top_p are [rows, 1]. Returns the tokens [rows], and whether each row's nucleus was among the
-    candidates at all [rows].
+    draws, top_k, top_p are [rows, 1]; `certain` says that no row's top-k is above `candidates`. Returns the tokens
+    [rows], and whether each row's nucleus was among the candidates at all [rows].
     """
-    best, token_ids = logits.topk(min(candidates, logits.shape[1]), dim=-1)
+    candidates = min(candidates, logits.shape[1])
+    best, token_ids = logits.topk(candidates, dim=-1)
     best = best.double()
-    limited = top_k <= best.shape[1]
-    best.masked_fill_(torch.arange(best.shape[1], device=logits.device) >= top_k, -math.inf)
+    limited = top_k <= candidates
+    best.masked_fill_(torch.arange(candidates, device=logits.device) >= top_k, -math.inf)
     # top-p looks at the distribution that top-k has left.
     total = best.logsumexp(-1, keepdim=True)
-    if not bool(limited.all()):
+    if not certain:
         total = torch.where(limited, total, logits.logsumexp(-1, keepdim=True).double())
     probabilities = (best - total).exp()
     cumulative = probabilities.cumsum(-1)
@@ -209,15 +229,15 @@ def _draw_among_best(
     return token_ids.gather(1, _invert(weights, draws)).squeeze(1), enough.squeeze(1)
 
 
-def _draw_among_all(logits: Tensor, draws: Tensor, top_k: Tensor, top_p: Tensor) -> Tensor:
-    """Draw from the whole vocabulary: no limit, or one that leaves very many tokens."""
+def _draw_among_all(logits: Tensor, draws: Tensor, top_k: Tensor, top_p: Tensor, *, limited: bool = True) -> Tensor:
+    """Draw from the whole vocabulary: no limit, or (`limited`) one that leaves very many tokens."""
     weights = logits.softmax(-1)
-    if bool(((top_k < logits.shape[1]) | (top_p < 1.0)).any()):  # sorting a vocabulary is slow
+    if limited:  # sorting a vocabulary is slow
         best = weights.sort(dim=-1, descending=True).values.double()
         best *= torch.arange(best.shape[1], device=best.device) < top_k
         cumulative = best.cumsum(-1)
         kept = (cumulative - best < top_p * cumulative[:, -1:]) & (best > 0)
-        last = best.gather(1, kept.sum(-1, keepdim=True) - 1)
+        last = best.gather(1, (kept.sum(-1, keepdim=True) - 1).clamp_(min=0))
         weights = torch.where(weights < last, 0.0, weights)
     return _invert(weights, draws).squeeze(1)
 
@@ -236,27 +256,38 @@ def _invert(weights: Tensor, draws: Tensor) -> Tensor:
     # Added up in another order the block may come out a rounding smaller; the draw must stay inside it.
     targets = (targets - before).clamp(min=0.0).minimum(inside[:, -1:] * (1 - 1e-12))
     column: Tensor = torch.searchsorted(inside, targets, right=True).clamp_(max=_BLOCK - 1)
-    return block * _BLOCK + column
+    # A row that is not finite finds nothing and would point beyond the end, which a CUDA device does not survive.
+    return (block * _BLOCK + column).clamp_(max=weights.shape[1] - 1)
 
 
-def _logprobs(
-    logits: Tensor, rows: list[int], sequences: SequenceOf[Sequence], token_ids: list[int]
-) -> dict[int, TokenLogprob]:
-    at = torch.tensor(rows, device=logits.device)
+def _with_logprobs(
+    logits: Tensor, chosen: Tensor, finite: Tensor, asked: list[int], sequences: SequenceOf[Sequence]
+) -> Sampled:
+    """The result with the log-probabilities of the rows `asked`; all of it crosses from the device at once."""
+    at = to_device(asked, logits.device)
     normalized = logits[at].log_softmax(-1)
-    chosen = torch.tensor([token_ids[row] for row in rows], device=logits.device)
-    values: list[float] = normalized.gather(1, chosen[:, None]).squeeze(1).tolist()
-    counts = [sequences[row].params.logprobs or 0 for row in rows]
+    own = normalized.gather(1, chosen[at][:, None])
+    counts = [sequences[row].params.logprobs or 0 for row in asked]
     best = normalized.topk(min(max(counts), normalized.shape[1]), dim=-1)
-    top_values, top_ids = best.values.tolist(), best.indices.tolist()
-    return {
+    # float64 holds ids and float32 numbers alike, exactly.
+    parts = (chosen, finite, own.flatten(), best.values.flatten(), best.indices.flatten())
+    numbers: list[float] = torch.cat([part.double() for part in parts]).tolist()
+    rows, wide = len(chosen), best.values.shape[1]
+    token_ids = [int(number) for number in numbers[:rows]]
+    flags = [bool(number) for number in numbers[rows : 2 * rows]]
+    values = numbers[2 * rows : 2 * rows + len(asked)]
+    top_values = numbers[2 * rows + len(asked) : 2 * rows + len(asked) * (1 + wide)]
+    top_ids = numbers[2 * rows + len(asked) * (1 + wide) :]
+    logprobs = {
         row: TokenLogprob(
             token_id=token_ids[row],
             logprob=finite_logprob(values[i]),
-            top=tuple((top_ids[i][k], finite_logprob(top_values[i][k])) for k in range(min(count, len(top_ids[i])))),
+            top=tuple((int(top_ids[k]), finite_logprob(top_values[k])) for k in range(i * wide, i * wide + shown)),
         )
-        for i, (row, count) in enumerate(zip(rows, counts, strict=True))
+        for i, (row, shown) in enumerate(zip(asked, (min(count, wide) for count in counts), strict=True))
+        if flags[row]
     }
+    return Sampled(token_ids, flags, logprobs)
 
 
 def finite_logprob(value: float) -> float:

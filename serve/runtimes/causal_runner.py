@@ -14,9 +14,10 @@ from torch import Tensor
 
 from serve.engine.config import EngineSettings
 from serve.engine.engine import Engine
-from serve.engine.runner import NotFinite, Runner
+from serve.engine.runner import Runner
 from serve.engine.sampler import Sampled, finite_logprob, sample
 from serve.engine.scheduler import ScoreChunk, StepPlan
+from serve.engine.scoring import NotFinite
 from serve.engine.sequence import Prompt, Sequence, TokenIds
 from serve.engine.slabs import CacheTensors, SlabLimit, Slabs
 from serve.output import FinishReason, TokenLogprob
