@@ -1,4 +1,4 @@
-"""`python -m loadtests`: smoke, selftest, compare, gate, beside-vllm."""
+"""`python -m loadtests`: smoke, selftest, compare, gate, beside-vllm, bench."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from loadtests import beside_vllm, comparison, objectives, selftest, smoke, workload
+from loadtests.bench import command as bench
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -137,6 +138,9 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument(
         "--out", type=Path, default=Path("runs/beside-vllm.json"), help="result (default: %(default)s)"
     )
+
+    text = "our engine beside transformers and CTranslate2, on the same weights and prompts"
+    bench.add_arguments(commands.add_parser("bench", help=text, description=text))
     return parser
 
 
