@@ -23,7 +23,7 @@ from typing import Any, TextIO
 
 import httpx
 
-from loadtests.session import machine
+from loadtests.machine import machine
 
 START_SECONDS = 600.0
 OURS, PEER = "flan-serve + vLLM", "bare vLLM"

@@ -6,8 +6,6 @@ Imported by the locustfile only: importing locust or gevent patches the whole pr
 from __future__ import annotations
 
 import json
-import os
-import platform
 import subprocess
 import time
 from argparse import Namespace
@@ -22,6 +20,7 @@ import gevent
 from locust.env import Environment
 
 from loadtests import objectives, workload
+from loadtests.machine import machine
 from loadtests.meters import Client, Measurement, RequestFailed, measure
 from loadtests.recorder import Recorder
 from loadtests.rest_client import RestClient
@@ -198,13 +197,3 @@ def _commit() -> str:
         ).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
-
-
-def machine() -> dict[str, Any]:
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        lines = []
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    processor = names[0] if names else platform.processor() or platform.machine()
-    return {"processor": processor, "cores": os.cpu_count(), "python": platform.python_version()}
