@@ -80,7 +80,10 @@ def test_the_grpc_example_answers_by_reflection(demo: ServerProcess) -> None:
 def test_each_python_example_prints_an_answer(demo: ServerProcess, program: str, tmp_path: Path) -> None:
     script = tmp_path / "example.py"
     script.write_text(here(program, demo), encoding="utf-8")
-    done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, timeout=60, cwd=ROOT)
+    environment = {**os.environ, "HF_HUB_OFFLINE": "0"}  # offline, its client would not ask a local server either
+    done = subprocess.run(
+        [sys.executable, str(script)], capture_output=True, text=True, timeout=60, cwd=ROOT, env=environment
+    )
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip()
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import httpx
+import huggingface_hub.constants
 import pytest
 from huggingface_hub import InferenceClient
 from huggingface_hub.errors import ValidationError
@@ -22,7 +23,8 @@ def demo() -> Iterator[ServerProcess]:
 
 
 @pytest.fixture
-def client(demo: ServerProcess) -> InferenceClient:
+def client(demo: ServerProcess, monkeypatch: pytest.MonkeyPatch) -> InferenceClient:
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)  # offline it would not ask a local server
     return InferenceClient(demo.rest_url, token=KEY)
 
 
