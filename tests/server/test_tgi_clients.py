@@ -22,9 +22,14 @@ def demo() -> Iterator[ServerProcess]:
         yield process
 
 
+@pytest.fixture(autouse=True)
+def online(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the Hub is told to be offline, its client would not ask a local server either."""
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+
+
 @pytest.fixture
-def client(demo: ServerProcess, monkeypatch: pytest.MonkeyPatch) -> InferenceClient:
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)  # offline it would not ask a local server
+def client(demo: ServerProcess) -> InferenceClient:
     return InferenceClient(demo.rest_url, token=KEY)
 
 
