@@ -26,16 +26,28 @@ class RaggedAttend(Protocol):
 class _Padded:
     """Several texts of about one length, padded to it inside the attention call only.
 
-    `gather` [texts * length] are token numbers of the batch (padding repeats a text's first), `places` are the real
-    tokens' positions among them and `tokens` their numbers. `mask` is [texts or 1, heads, length, length].
+    `mask` is [texts or 1, heads, length, length]. Texts of one length that stand together are `run`, a part of the
+    batch. For others `gather` [texts * length] are token numbers of the batch (padding repeats a text's first),
+    `places` are the real tokens' positions among them and `tokens` their numbers.
     """
 
     texts: int
     length: int
+    mask: Tensor
+    run: slice | None
     gather: Tensor
     places: Tensor
     tokens: Tensor
-    mask: Tensor
+
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor, out: Tensor) -> None:
+        """Fill these texts' rows of `out`; all are [tokens of the batch, heads, d_kv]."""
+        shape = (self.texts, self.length, *q.shape[1:])
+        picked = ((x[self.gather] if self.run is None else x[self.run]).view(shape).transpose(1, 2) for x in (q, k, v))
+        attended = F.scaled_dot_product_attention(*picked, attn_mask=self.mask, scale=1.0).transpose(1, 2)
+        if self.run is None:
+            out[self.tokens] = attended.flatten(0, 1)[self.places]
+        else:
+            out[self.run].view(shape).copy_(attended)
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,6 +57,14 @@ class _Alone:
     start: int
     length: int
     mask: Tensor
+
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor, out: Tensor) -> None:
+        """As _Padded."""
+        part = slice(self.start, self.start + self.length)
+        query = q[part].transpose(0, 1).unsqueeze(0)
+        key, value = (x[part].flip(0).transpose(0, 1).unsqueeze(0) for x in (k, v))
+        attended = F.scaled_dot_product_attention(query, key, value, attn_mask=self.mask, scale=1.0)
+        out[part] = attended.squeeze(0).transpose(0, 1)
 
 
 class RaggedAttention:
@@ -72,17 +92,7 @@ class RaggedAttention:
         """q, k, v: [tokens, heads, d_kv] -> [tokens, heads, d_kv]."""
         out = torch.empty_like(q)
         for group in self._groups:
-            if isinstance(group, _Alone):
-                part = slice(group.start, group.start + group.length)
-                query = q[part].transpose(0, 1).unsqueeze(0)
-                key, value = (x[part].flip(0).transpose(0, 1).unsqueeze(0) for x in (k, v))
-                attended = F.scaled_dot_product_attention(query, key, value, attn_mask=group.mask, scale=1.0)
-                out[part] = attended.squeeze(0).transpose(0, 1)
-            else:
-                shape = (group.texts, group.length, *q.shape[1:])
-                query, key, value = (x[group.gather].view(shape).transpose(1, 2) for x in (q, k, v))
-                attended = F.scaled_dot_product_attention(query, key, value, attn_mask=group.mask, scale=1.0)
-                out[group.tokens] = attended.transpose(1, 2).flatten(0, 1)[group.places]
+            group(q, k, v, out)
         return out
 
 
@@ -97,13 +107,15 @@ def _padded_group(texts: list[tuple[int, int]], bias: RelativeBias, *, causal: b
     if not causal and not bool(real.all()):  # causal queries never see the padding, which comes last
         blocked = torch.zeros(real.shape).masked_fill_(~real, -math.inf).to(device=device, dtype=mask.dtype)
         mask = mask + blocked[:, None, None, :]
+    together = all(start == texts[0][0] + number * length for number, (start, _) in enumerate(texts))
     return _Padded(
         texts=len(texts),
         length=length,
+        mask=mask.contiguous(),
+        run=slice(texts[0][0], texts[0][0] + len(texts) * length) if together and bool(real.all()) else None,
         gather=gather.flatten().to(device),
         places=real.flatten().nonzero().squeeze(1).to(device),
         tokens=gather[real].to(device),
-        mask=mask.contiguous(),
     )
 
 

@@ -10,7 +10,8 @@ import torch
 import torch.nn.functional as F  # noqa: N812 - everybody's name for it
 from torch import Tensor
 
-from serve.engine.packed_linear import Float16Linear, Int8Linear, PackedLinear, onednn_available
+from serve.engine.int8_linear import delicate_int8_linear, int8_linear
+from serve.engine.packed_linear import Float16Linear, PackedLinear, onednn_available
 
 WeightFormat = Literal["plain", "float16", "int8"]  # "plain": as the model's dtype says
 _GELU_SLOPE = 2 * math.sqrt(2 / math.pi)
@@ -62,8 +63,11 @@ def make_linear(
     if dtype is torch.float16 and delicate:
         return Float32Linear(weight.to(device))
     weight = weight.to(device=device, dtype=dtype).contiguous()
-    if weights == "int8" and not delicate:
-        return Int8Linear(weight)
+    if weights == "int8":
+        make = delicate_int8_linear if delicate else int8_linear
+        linear = make(weight, few_rows=few_rows)
+        if linear is not None:
+            return linear
     if weights != "plain" and Float16Linear.fits(weight):
         return Float16Linear(weight)
     if few_rows and device.type == "cpu" and dtype is torch.float32 and onednn_available():

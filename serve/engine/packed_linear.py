@@ -1,20 +1,17 @@
-"""Linear layers for the CPU: weights laid out once for its matrix kernels, as float32, float16 or int8.
+"""Linear layers for the CPU: weights laid out once for its matrix kernels, as float32 or float16 (int8: int8_linear).
 
 Activations and sums are float32 in all of them. What was measured on two AVX2 cores, [M, 512] x [512, 2048] on one
 thread, microseconds:
 
-| M | `F.linear` | float32 | float16 | int8 |
-|---|---|---|---|---|
-| 1 | 150 | 171 | 103 | 94 |
-| 8 | 540 | 426 | 275 | 187 |
-| 32 | 1,227 | 1,195 | 844 | 549 |
-| 512 | 12,448 | 15,219 | 11,355 | 7,405 |
+| M | `F.linear` | float32 | float16 |
+|---|---|---|---|
+| 1 | 150 | 171 | 103 |
+| 8 | 540 | 426 | 275 |
+| 32 | 1,227 | 1,195 | 844 |
+| 512 | 12,448 | 15,219 | 11,355 |
 """
 
 from __future__ import annotations
-
-import math
-import warnings
 
 import torch
 from torch import Tensor
@@ -22,8 +19,6 @@ from torch import Tensor
 _PACK_ROWS = 32  # the batch size oneDNN lays the weights out for; measured good from 1 to 64 rows
 _MAX_PACKED_ROWS, _ROW_STEP = 64, 8
 _FLOAT16_MAX = 65504.0
-_LEVELS = 63  # int8 activations: -63..63
-_ZERO_POINT = 64
 
 
 def onednn_available() -> bool:
@@ -82,42 +77,3 @@ class Float16Linear:
     def __call__(self, x: Tensor) -> Tensor:
         out: Tensor = self._product(x, self._weight)
         return out
-
-
-class Int8Linear:
-    """Weights as int8 with one scale an output, activations as 7 bits with one scale a *row*.
-
-    torch's own dynamic quantization has one scale for the whole matrix, so a row's result would depend on its
-    neighbours. Here every row is divided by its largest magnitude, so one constant scale fits all, and multiplied
-    again afterwards: the sums are integers, and a row's result is the same in every batch, bit for bit. Seven bits
-    and not eight, because processors without VNNI add pairs of products in 16 bits, which 2 x 127 x 127 just fit.
-    """
-
-    def __init__(self, weight: Tensor) -> None:
-        """`weight` [out, in] float32."""
-        self._product = torch.ops.quantized.linear_with_input_q_dq_qweight_dq_output_fp32.default
-        self._weight = torch.ops.quantized.linear_prepack(quantize_rows(weight), None)
-
-    def __call__(self, x: Tensor) -> Tensor:
-        return self.scaled(x)[0]
-
-    def scaled(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """The product [rows, out], the rows divided by their largest magnitude, and these magnitudes [rows, 1]."""
-        largest = torch.linalg.vector_norm(x, math.inf, -1, keepdim=True)
-        unit = x / largest  # a row of zeros is NaN here, any integers in the product, and zero again at the end
-        out: Tensor = self._product(unit, 1.0 / _LEVELS, _ZERO_POINT, self._weight)
-        return out.mul_(largest), unit, largest
-
-
-def quantize_rows(weight: Tensor) -> Tensor:
-    """Per-channel qint8 of `weight` [out, in], symmetric: -127..127 times a scale for each output."""
-    scales = (weight.abs().amax(1).double() / 127).clamp_(min=1e-30)
-    with warnings.catch_warnings():  # torch announces the end of quantized tensors; our torch is pinned
-        warnings.simplefilter("ignore", UserWarning)
-        zeros = torch.zeros(weight.shape[0], dtype=torch.long)
-        return torch.quantize_per_channel(weight.contiguous(), scales, zeros, 0, torch.qint8)
-
-
-def rounding_of(unit: Tensor) -> Tensor:
-    """What Int8Linear loses of its divided rows [rows, in]."""
-    return unit - (unit * _LEVELS).round_().div_(_LEVELS)

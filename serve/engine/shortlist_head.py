@@ -16,7 +16,7 @@ import math
 import torch
 from torch import Tensor
 
-from serve.engine.packed_linear import Int8Linear, quantize_rows, rounding_of
+from serve.engine.int8_linear import int8_linear, quantized
 
 BLOCK = 128  # tokens that share a bound
 MIN_VOCABULARY = 4096  # below this the full product is as fast
@@ -35,8 +35,9 @@ class ShortlistHead:
         self._weight = weight
         padding = -vocabulary % BLOCK
         padded = torch.cat((wide, wide.new_zeros(padding, width)))
-        self._product = Int8Linear(padded)
-        stored = quantize_rows(padded).dequantize()
+        self._product = int8_linear(padded, few_rows=True)
+        numbers, scales = quantized(padded)
+        stored = numbers * scales[:, None]
         norms = stored.norm(dim=1)
         # float32 sums of `width` products are off by less than width * 2^-24 of the product of both norms.
         lost = (padded - stored).norm(dim=1) + norms * width * 2.0**-22
@@ -48,12 +49,12 @@ class ShortlistHead:
 
         The latter must be computed in full; so must rows that are not finite.
         """
-        logits, unit, largest = self._product.scaled(states)
+        logits, loss = self._product.with_loss(states)
         logits[:, self._vocabulary :] = -math.inf
         blocks = logits.view(states.shape[0], -1, BLOCK)
         best = blocks.amax(-1)
         bound = states.norm(dim=1, keepdim=True) * self._lost
-        bound.addcmul_(rounding_of(unit).norm(dim=1, keepdim=True).mul_(largest), self._norms)
+        bound.addcmul_(loss, self._norms)
         reach = (best - bound).amax(1, keepdim=True) - bound  # [rows, blocks]: what a candidate's int8 logit reaches
         row, block = (best >= reach).nonzero(as_tuple=True)
         inside = blocks[row, block] >= reach[row, block, None]

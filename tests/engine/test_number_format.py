@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from serve.checkpoint import DEMO_FOLDER
 from serve.engine import number_format
+from serve.engine.int8_linear import FbgemmLinear, Int8Linear, OneDnnLinear, vnni_available
 from serve.engine.layers import WeightFormat
 from serve.engine.loading import load_model
 from serve.engine.model import T5Model
 from serve.engine.number_format import NumberFormat
-from serve.engine.packed_linear import Float16Linear, Int8Linear, PackedLinear, fbgemm_available, onednn_available
+from serve.engine.packed_linear import Float16Linear, PackedLinear, fbgemm_available, onednn_available
 from serve.engine.shortlist_head import MIN_VOCABULARY, ShortlistHead
 from serve.sampling_params import SamplingParams
 from tests.engine.checkpoints import make_t5_checkpoint
@@ -109,16 +114,64 @@ def forced_best(model: T5Model, prompt: tuple[int, ...], tokens: list[int]) -> t
     return model.logits(model.decode_forced(inputs, [len(tokens)], cross)).argmax(-1)
 
 
-@needs_fbgemm
-def test_int8_rows_do_not_see_their_neighbours() -> None:
-    """Bit for bit, whatever the neighbours' scale; a row of zeros is zero."""
+Int8 = Callable[[torch.Tensor], Int8Linear]
+needs_vnni = pytest.mark.skipif(not vnni_available(), reason="no VNNI on this processor")
+INT8: list[Any] = [
+    pytest.param(partial(FbgemmLinear, bits=7), marks=needs_fbgemm, id="fbgemm7"),
+    pytest.param(FbgemmLinear, marks=[needs_fbgemm, needs_vnni], id="fbgemm"),
+    pytest.param(partial(FbgemmLinear, fine=True), marks=[needs_fbgemm, needs_vnni], id="fbgemm-fine"),
+    pytest.param(OneDnnLinear, marks=needs_vnni, id="onednn"),
+    pytest.param(partial(OneDnnLinear, fine=True), marks=needs_vnni, id="onednn-fine"),
+]
+BITS = (6, 7, 14, 7, 14)  # of a magnitude
+
+
+@pytest.mark.parametrize("kind", INT8)
+def test_int8_rows_do_not_see_their_neighbours(kind: Int8) -> None:
+    """Bit for bit, whatever the neighbours' scale and number; a row of zeros is zero."""
     generator = torch.Generator().manual_seed(0)
-    layer = Int8Linear(torch.randn(96, 64, generator=generator))
-    x = torch.randn(37, 64, generator=generator) * torch.logspace(-3, 3, 37)[:, None]
+    layer = kind(torch.randn(96, 64, generator=generator))
+    x = torch.randn(1100, 64, generator=generator) * torch.logspace(-3, 3, 1100)[:, None]
     x[5] = 0.0
-    together = layer(x)
-    assert torch.equal(together, torch.cat([layer(row[None]) for row in x]))
-    assert torch.equal(together[5], torch.zeros(96))
+    alone = torch.cat([layer(row[None]) for row in x])
+    assert torch.equal(alone[5], torch.zeros(96))
+    for rows in (2, 9, 64, 65, 130, 1100):
+        assert torch.equal(layer(x[:rows]), alone[:rows])
+
+
+@pytest.mark.parametrize(
+    ("kind", "bits"),
+    [pytest.param(*kind.values, bits, marks=kind.marks) for kind, bits in zip(INT8, BITS, strict=True)],
+)
+def test_int8_activations_keep_their_bits(kind: Int8, bits: int) -> None:
+    """With weights that int8 holds exactly: a row is off by at most half a level of its largest, and it says so."""
+    generator = torch.Generator().manual_seed(4)
+    weight = torch.randint(-127, 128, (40, 64), generator=generator).float()
+    weight[:, 0] = 127.0
+    layer, x = kind(weight), torch.randn(70, 64, generator=generator)
+    out, loss = layer.with_loss(x)
+    assert torch.equal(out, layer(x))
+    exact = x.double() @ weight.double().t()
+    level = x.abs().amax(1, keepdim=True) / (2**bits - 1)
+    error = (out - exact).abs()
+    assert bool((error <= 0.51 * level * weight.abs().sum(1)).all())
+    assert float(error.max()) > 0.0
+    if bits < 14:  # the loss of the finest is that of its first numbers
+        assert bool((error <= loss * weight.norm(dim=1) * 1.0001 + 1e-3).all())
+        assert bool((loss <= 0.51 * level * 64**0.5).all())
+
+
+@pytest.mark.parametrize("kind", INT8)
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_int8_rows_that_are_not_finite_stay_so_alone(kind: Int8, bad: float) -> None:
+    generator = torch.Generator().manual_seed(5)
+    layer, x = kind(torch.randn(32, 64, generator=generator)), torch.randn(12, 64, generator=generator)
+    fine = layer(x)
+    x[3, 7] = bad
+    out = layer(x)
+    assert not bool(out[3].isfinite().any())
+    others = [n for n in range(12) if n != 3]
+    assert torch.equal(out[others], fine[others])
 
 
 @needs_fbgemm
