@@ -17,23 +17,26 @@ _LOG_TAIL = 1500  # characters of a dead worker's log that are shown
 _END_SECONDS = 30
 
 
+def environment_of(threads: int) -> dict[str, str]:
+    """The variables of a process that measures."""
+    count = str(threads)
+    # Threads that spin while they wait for each other are 10 times slower as soon as anybody else uses a core.
+    return {"OMP_NUM_THREADS": count, "MKL_NUM_THREADS": count, "OMP_WAIT_POLICY": "passive", "HF_HUB_OFFLINE": "1"}
+
+
 class Child:
     """One system in its own process. It idles, and takes no processor time, while it is not called."""
 
     def __init__(self, name: str, setting: str, place: Place) -> None:
         self.name, self.setting = name, setting
         self._log = tempfile.TemporaryFile("w+", encoding="utf-8")  # noqa: SIM115 - closed by close()
-        threads = str(place.threads)
-        environment = {"OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads, "HF_HUB_OFFLINE": "1"}
-        # Threads that spin while they wait for each other are 10 times slower as soon as anybody else uses a core.
-        environment["OMP_WAIT_POLICY"] = "passive"
         self._process = subprocess.Popen(
             [sys.executable, "-m", "loadtests.bench.worker"],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._log,
             text=True,
-            env=os.environ | environment,
+            env=os.environ | environment_of(place.threads),
         )
         try:
             self.loaded = self.call("load", name=name, setting=setting, place=asdict(place))

@@ -9,8 +9,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from loadtests.bench import environment, modes, ratios
+from loadtests.bench import bounds, environment, modes, peaks, ratios
 from loadtests.bench.budget import Budget
+from loadtests.bench.child import environment_of
 from loadtests.bench.ctranslate2_system import installed
 from loadtests.bench.options import Options
 from loadtests.bench.rounds import Findings, Group, QualitySession, Session
@@ -56,9 +57,24 @@ def run(options: Options, arguments: Sequence[str] = ()) -> dict[str, Any]:
         "failures": findings.failures,
         "agreement": findings.agreement,
         "ratios": ratios.build(findings.rows, WORKLOADS),
+        **_bounds(options, findings),
         "tunings": findings.tunings,
         "rows": findings.rows,
     }
+
+
+def _bounds(options: Options, findings: Findings) -> dict[str, Any]:
+    """The processor's best rates, measured now, and what they allow the uniform batches."""
+    rows = [row for row in findings.rows if row["workload"] == "uniform"]
+    if options.device != "cpu" or not rows:
+        return {"rates": {}, "bounds": []}
+    rates = peaks.found(options.threads, environment_of(options.threads))
+    works = {
+        (shape, case["name"]): bounds.Work.of(SHAPES[shape], case["count"], case["prompt"], case["output"])
+        for shape in dict.fromkeys(row["shape"] for row in rows)
+        for case in WORKLOADS["uniform"].cases(options.sizes)
+    }
+    return {"rates": rates, "bounds": bounds.build(rows, works, rates)}
 
 
 def _at_home(options: Options, findings: Findings) -> None:

@@ -24,7 +24,7 @@ def to_markdown(record: Record, picture: str | None = None) -> str:
             rows = [row for row in record["rows"] if (row["shape"], row["workload"]) == (shape, workload)]
             if rows:
                 lines += [f"### {workload}", "", *_workload(workload, rows, record), ""]
-    lines += _agreement(record) + _tunings(record)
+    lines += _bounds(record) + _agreement(record) + _tunings(record)
     for title, texts in (("Failures", record["failures"]), ("Notes", record["notes"])):
         if texts:
             lines += [f"## {title}", "", *(f"- {text}" for text in texts), ""]
@@ -94,6 +94,30 @@ def _own(name: str, rows: Sequence[Record], *, leave_out_compared: bool) -> list
     return (
         ["| case | metric | system | median | least - greatest |", "|---|---|---|---:|---:|", *lines] if lines else []
     )
+
+
+def _bounds(record: Record) -> list[str]:
+    if not record["bounds"]:
+        return []
+    rates = record["rates"]
+    said = ", ".join(f"{name} {rate:,.0f} GFLOP/s" for name, rate in rates.items() if name != "memory")
+    peers = list(dict.fromkeys(peer for one in record["bounds"] for peer in one["peers"]))
+    lines = [
+        "## What bounds it",
+        "",
+        f"The best rates of this processor, measured after the rounds: matrix products {said} (int8: integer "
+        f"operations), memory {rates['memory']:,.0f} GB/s. The bound of a case is what its products, and the bytes of "
+        "weights and cache that each step must read, take at these rates; nothing else is counted. A peer above 1.00 "
+        "is faster than products of that mode can be on this processor, whoever makes them.",
+        "",
+        "| shape | case | products | bound, tokens/s | ours reaches | " + " | ".join(peers) + " |",
+        "|---|---|---|---:|---:|" + "---:|" * len(peers),
+    ]
+    for one in record["bounds"]:
+        shares = " | ".join(f"{one['peers'][peer]:.2f}" if peer in one["peers"] else "" for peer in peers)
+        names = f"{one['shape']} | {one['case']} | {one['mode']}"
+        lines.append(f"| {names} | {number(one['bound'])} | **{one['reached']:.2f}** | {shares} |")
+    return [*lines, ""]
 
 
 def _agreement(record: Record) -> list[str]:

@@ -42,8 +42,9 @@ class _Padded:
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, out: Tensor) -> None:
         """Fill these texts' rows of `out`; all are [tokens of the batch, heads, d_kv]."""
         shape = (self.texts, self.length, *q.shape[1:])
-        picked = ((x[self.gather] if self.run is None else x[self.run]).view(shape).transpose(1, 2) for x in (q, k, v))
-        attended = F.scaled_dot_product_attention(*picked, attn_mask=self.mask, scale=1.0).transpose(1, 2)
+        picked = self.gather if self.run is None else self.run
+        query, key, value = (x[picked].view(shape).transpose(1, 2) for x in (q, k, v))
+        attended = F.scaled_dot_product_attention(query, key, value, attn_mask=self.mask, scale=1.0).transpose(1, 2)
         if self.run is None:
             out[self.tokens] = attended.flatten(0, 1)[self.places]
         else:

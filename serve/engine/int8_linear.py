@@ -90,14 +90,14 @@ class FbgemmLinear:
         unit = x / largest  # a row of zeros is NaN here, any integers in the product, and zero again at the end
         out: Tensor = self._product(unit, 1.0 / self._levels, self._zero_point, self._weight)
         if self._fine:
-            rest = self._product(self._rest(unit), 0.5 / self._levels, self._zero_point, self._weight)
+            rest: Tensor = self._product(self._rest(unit), 0.5 / self._levels, self._zero_point, self._weight)
             out.add_(rest, alpha=1.0 / self._levels)
         return out.mul_(largest), unit, largest
 
     def _rest(self, unit: Tensor) -> Tensor:
         """What is lost of divided rows, in levels: -0.5..0.5."""
-        exact = unit * self._levels
-        return exact.sub_(exact.round())
+        levels = unit * self._levels
+        return levels - levels.round()
 
 
 class OneDnnLinear:
@@ -120,30 +120,34 @@ class OneDnnLinear:
         self._fine = fine
 
     def __call__(self, x: Tensor) -> Tensor:
-        return self._pieces(x)[0]
+        out = x.new_empty(x.shape[0], self._outputs)
+        for rows, into in zip(torch.split(x, self._MAX_ROWS), torch.split(out, self._MAX_ROWS), strict=True):
+            self._fill(into, rows)
+        return out
 
     def with_loss(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        out, rests = self._pieces(x)
-        return out, torch.cat([rest.norm(dim=1, keepdim=True) for rest in rests])
+        exact, shifted, largest = self._shifted(x)
+        return self(x), self._rest(exact, shifted).norm(dim=1, keepdim=True).mul_(largest / self._LEVELS)
 
-    def _pieces(self, x: Tensor) -> tuple[Tensor, list[Tensor]]:
-        """The product, and what each piece of rows lost."""
-        out = x.new_empty(x.shape[0], self._outputs)
-        parts = zip(torch.split(x, self._MAX_ROWS), torch.split(out, self._MAX_ROWS), strict=True)
-        return out, [self._piece(rows, into) for rows, into in parts]
+    def _fill(self, out: Tensor, x: Tensor) -> None:
+        """`out` [rows, out] is the product of up to _MAX_ROWS rows."""
+        exact, shifted, largest = self._shifted(x)
+        product = self._multiply(shifted, 1.0 / self._LEVELS)
+        if self._fine:
+            rest = self._rest(exact, shifted).mul_(2 * self._LEVELS).add_(self._SHIFT)
+            product.add_(self._multiply(rest, 0.5 / self._LEVELS**2))
+        torch.mul(product[: x.shape[0]], largest, out=out)
 
-    def _piece(self, x: Tensor, out: Tensor) -> Tensor:
-        """Fill `out` with the product of up to _MAX_ROWS rows; returns what they lost, [rows, in]."""
+    def _shifted(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """`x` in levels, the same with the rounded numbers in the lowest bytes, and the rows' largest magnitudes."""
         largest = _largest(x)
         # A row of zeros is NaN here, any integers in the product, and zero again at the end.
         exact = x * (self._LEVELS / largest)
-        shifted = exact + self._SHIFT
-        product = self._multiply(shifted, 1.0 / self._LEVELS)
-        rest = exact.sub_(shifted.sub_(self._SHIFT))  # in levels: -0.5..0.5
-        if self._fine:
-            product.add_(self._multiply(rest * (2 * self._LEVELS) + self._SHIFT, 0.5 / self._LEVELS**2))
-        torch.mul(product[: x.shape[0]], largest, out=out)
-        return rest.mul_(largest / self._LEVELS)
+        return exact, exact + self._SHIFT, largest
+
+    def _rest(self, exact: Tensor, shifted: Tensor) -> Tensor:
+        """What is lost, in levels: -0.5..0.5. The arguments are used up."""
+        return exact.sub_(shifted.sub_(self._SHIFT))
 
     def _multiply(self, shifted: Tensor, scale: float) -> Tensor:
         """[rows, in] with the numbers in the lowest bytes -> [rows or a few more, out]."""
@@ -169,4 +173,5 @@ def _largest(x: Tensor) -> Tensor:
     """Each row's largest magnitude: [rows, 1]. For many rows several times as fast as a norm."""
     if x.shape[0] > 1:
         return x.abs().amax(-1, keepdim=True)
-    return torch.linalg.vector_norm(x, math.inf, -1, keepdim=True)
+    norm: Tensor = torch.linalg.vector_norm(x, math.inf, -1, keepdim=True)
+    return norm

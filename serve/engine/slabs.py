@@ -87,11 +87,12 @@ class Slabs:
 
     def _resize(self, capacity: int, rows: int) -> None:
         layers, heads, d_kv = self._shape
-        slab = torch.zeros((layers, 2, rows, heads, capacity, d_kv), device=self._device, dtype=self._dtype)
+        slab = torch.empty((layers, 2, rows, heads, capacity, d_kv), device=self._device, dtype=self._dtype)
         old = self._slabs.get(capacity)
+        kept = 0 if old is None else min(rows, old.shape[2])
         if old is not None:
-            kept = min(rows, old.shape[2])
             slab[:, :, :kept] = old[:, :, :kept]
+        slab[:, :, kept:] = 0
         self._slabs[capacity] = slab
 
 

@@ -12,7 +12,8 @@ from typing import Any
 import pytest
 
 from loadtests import __main__ as cli
-from loadtests.bench import command, modes, prompts, ratios, running, tables
+from loadtests.bench import bounds, command, modes, prompts, ratios, running, tables
+from loadtests.bench.bounds import Work
 from loadtests.bench.budget import Budget
 from loadtests.bench.options import Options
 from loadtests.bench.prompts import Request
@@ -37,6 +38,7 @@ ROWS = [
     *(row("ours", "int8", number, value) for number, value in enumerate((60.0, 60.0, 60.0))),
     *(row("ctranslate2", "int8", number, value) for number, value in enumerate((20.0, 20.0, 20.0))),
 ]
+RATES = {"float32": 100.0, "int8": 400.0, "memory": 20.0}
 RECORD = {
     "created": "2026-11-25T00:00:00+00:00",
     "command": "python -m loadtests bench",
@@ -45,6 +47,8 @@ RECORD = {
     "processor": {"model": "a cpu", "cores": 2, "threads_used": 2, "instructions": ["avx2"], "device": "cpu"},
     "rows": ROWS,
     "ratios": ratios.build(ROWS, WORKLOADS),
+    "rates": RATES,
+    "bounds": bounds.build(ROWS, {("tiny", "batch 1"): Work.of(SHAPES["tiny"], 1, 10, 2)}, RATES),
     "agreement": [],
     "tunings": [],
     "failures": [],
@@ -80,6 +84,30 @@ def test_a_published_figure_is_a_peer() -> None:
     rows[0]["metrics"] = {"milliseconds": 353.0}
     [record] = ratios.build(rows, WORKLOADS)
     assert (record["peer"], record["ratio"]) == ("theirs, published", 2.0)
+
+
+def test_the_bound_of_a_batch_counts_its_products_and_bytes() -> None:
+    """flan-t5-small by hand: 18.87 million numbers in the encoder's layers, 3.15 in cross-attention's k and v."""
+    work = Work.of(SHAPES["flan-t5-small"], 32, 128, 32)
+    per_token = 8 * (4 * 512 * 384 + 3 * 512 * 1024) + 8 * 2 * 128 * 384 + 8 * 2 * 512 * 384
+    assert work.encode_operations == 2 * 32 * 128 * per_token
+    assert work.step_weights == 8 * (6 * 512 * 384 + 3 * 512 * 1024)
+    assert work.cache_bytes == 32 * 8 * 2 * 384 * 4 * sum(128 + step for step in range(1, 33))
+    products = work.encode_operations + 32 * work.step_operations
+    head = 2 * 32 * 32128 * 512 * 32
+    expected = products / 100e9 + head / 400e9 + work.cache_bytes / 20e9
+    assert work.seconds("float32", RATES) == pytest.approx(expected)
+    alone = Work.of(SHAPES["flan-t5-small"], 1, 128, 32)  # a step that reads its weights longer than it multiplies
+    slow = alone.encode_operations / 100e9 + 32 * (alone.step_weights * 4 / 20e9 + 32128 * 512 / 20e9)
+    assert alone.seconds("float32", RATES) == pytest.approx(slow + alone.cache_bytes / 20e9)
+
+
+def test_bounds_say_what_is_reached_and_which_peers_are_beyond() -> None:
+    narrow, wide = RECORD["bounds"][1], RECORD["bounds"][0]  # type: ignore[index]
+    assert (wide["mode"], narrow["mode"]) == ("float32", "int8")
+    assert wide["bound"] < narrow["bound"]
+    assert wide["reached"] == pytest.approx(30.0 / wide["bound"])
+    assert narrow["peers"] == {"ctranslate2 int8": pytest.approx(20.0 / narrow["bound"])}
 
 
 def test_mixed_requests_keep_their_bounds_and_their_median() -> None:
@@ -188,6 +216,8 @@ def test_the_page_shows_ratios_with_their_spread() -> None:
     text = tables.to_markdown(RECORD, "bench.png")
     assert "| batch 1 | tokens per second, tokens/s | float32 | 30 | 20 | **1.50** [1.00, 2.00] |" in text
     assert "![ratios](bench.png)" in text
+    assert "memory 20 GB/s" in text
+    assert "| shape | case | products | bound, tokens/s | ours reaches | ctranslate2 int8 |" in text
     assert "- a note" in text
 
 

@@ -13,10 +13,10 @@ from serve.engine.engine import Engine
 from serve.engine.gpu.runner import PagedRunner
 from serve.engine.loading import make_engine
 from serve.engine.model import T5Model
-from serve.engine.random_weights import flan_t5_config, random_checkpoint
 from serve.sampling_params import SamplingParams
 from tests.engine.driving import drain
 from tests.engine.gpu.devices import DEVICE
+from tests.engine.gpu.random_weights import flan_t5_config, random_checkpoint
 from tests.engine.gpu.shapes import TINY
 
 XL_BYTES = 24 << 30  # free memory that Flan-T5-XL, its building and a cache ask for

@@ -14,11 +14,11 @@ from serve.engine import loading
 from serve.engine.config import EngineSettings
 from serve.engine.loading import make_engine, make_runner
 from serve.engine.model import T5Model
-from serve.engine.random_weights import flan_t5_config, random_checkpoint
 from serve.engine.runner import ModelRunner
 from serve.engine.weights import expected_shapes
 from serve.sampling_params import SamplingParams
 from tests.engine.driving import drain
+from tests.engine.gpu.random_weights import flan_t5_config, random_checkpoint
 from tests.engine.gpu.shapes import TINY
 
 PAGED = "serve.engine.gpu.runner"

@@ -67,7 +67,7 @@ def test_a_cpu_runs_without_triton(tmp_path: Path) -> None:
         "from serve.engine.config import EngineSettings\n"
         "from serve.engine.loading import make_engine\n"
         "from serve.engine.model import T5Model\n"
-        "from serve.engine.random_weights import random_checkpoint\n"
+        "from tests.engine.gpu.random_weights import random_checkpoint\n"
         "from serve.runtimes import torch_runtime\n"
         "from tests.engine.gpu.shapes import TINY\n"
         "cpu = torch.device('cpu')\n"
