@@ -3,6 +3,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 VLLM_VENV ?= .venv-vllm
+VLLM_LOG ?= .test-vllm.log
 MODEL ?=
 PORT ?= 8000
 GRPC_PORT ?= 50051
@@ -11,25 +12,34 @@ PYTEST_ARGS ?=
 PIP_ARGS ?=
 BIN := $(VENV)/bin
 
-.PHONY: serve venv test test-vllm lint format protos smoke image image-test clean
+.PHONY: serve venv test test-main test-vllm lint format protos smoke image image-test clean
 
 serve: $(VENV)/.serve-installed
 	$(BIN)/flan-serve $(if $(MODEL),--model $(MODEL)) --port $(PORT) --grpc-port $(GRPC_PORT) $(ARGS)
 
 venv: $(VENV)/.installed
 
-test: $(VENV)/.installed
+# The two suites have an environment each, and run side by side: the second one is installed while the first one runs.
+test:
+	@echo "the tests with vLLM run beside these; what they say is shown at the end, and meanwhile in $(VLLM_LOG)"
+	@$(MAKE) --no-print-directory test-vllm >$(VLLM_LOG) 2>&1 & vllm=$$!; \
+	trap 'kill $$vllm 2>/dev/null' INT TERM; \
+	main=0; $(MAKE) --no-print-directory test-main || main=$$?; \
+	vllm_exit=0; wait $$vllm || vllm_exit=$$?; \
+	echo "the tests with vLLM:"; cat $(VLLM_LOG); \
+	exit $$((main != 0 || vllm_exit != 0))
+
+test-main: $(VENV)/.installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/buf lint protos
 	OMP_NUM_THREADS=1 $(BIN)/pytest $(PYTEST_ARGS)
-	$(MAKE) --no-print-directory test-vllm
 
 # vLLM and Triton have an environment of their own: so the tests above prove that the package does without them.
 ifeq ($(shell uname -sm),Linux x86_64)
 test-vllm: $(VLLM_VENV)/.installed
-	OMP_NUM_THREADS=1 $(VLLM_VENV)/bin/python -m pytest -m "vllm or triton" $(PYTEST_ARGS)
+	OMP_NUM_THREADS=1 $(VLLM_VENV)/bin/python -m pytest -o cache_dir=.pytest_cache/vllm -m "vllm or triton" $(PYTEST_ARGS)
 else
 test-vllm:
 	@echo "vLLM's CPU wheel exists for Linux x86_64 only: its tests are left out on $(shell uname -sm)"
@@ -60,7 +70,7 @@ image-test: $(VENV)/.installed
 	$(BIN)/pytest -m container tests/deploy
 
 clean:
-	rm -rf $(VENV) $(VLLM_VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(VLLM_VENV) $(VLLM_LOG) .pytest_cache .mypy_cache .ruff_cache .hypothesis
 
 # Only what serving needs; a later `make test` adds the rest to the same folder.
 $(VENV)/.serve-installed: pyproject.toml

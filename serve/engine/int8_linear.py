@@ -97,7 +97,8 @@ class FbgemmLinear:
     def _rest(self, unit: Tensor) -> Tensor:
         """What is lost of divided rows, in levels: -0.5..0.5."""
         levels = unit * self._levels
-        return levels - levels.round()
+        rest: Tensor = levels - levels.round()
+        return rest
 
 
 class OneDnnLinear:
