@@ -12,7 +12,7 @@ PYTEST_ARGS ?=
 PIP_ARGS ?=
 BIN := $(VENV)/bin
 
-.PHONY: serve venv test test-main test-vllm lint format protos smoke image image-test clean
+.PHONY: serve venv test test-main test-vllm lint format protos docs smoke image image-test clean
 
 serve: $(VENV)/.serve-installed
 	$(BIN)/flan-serve $(if $(MODEL),--model $(MODEL)) --port $(PORT) --grpc-port $(GRPC_PORT) $(ARGS)
@@ -57,6 +57,9 @@ format: $(VENV)/.installed
 
 protos: $(VENV)/.installed
 	$(BIN)/python -m protos.generate
+
+docs: $(VENV)/.installed
+	$(BIN)/python -m docs.generate
 
 smoke: $(VENV)/.installed
 	$(BIN)/flan-finetune train finetune/configs/smoke.toml

@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
-PACKAGES = ("serve", "finetune", "loadtests", "protos")
+PACKAGES = ("serve", "finetune", "loadtests", "protos", "docs")
 
 
 def mapped() -> list[str]:

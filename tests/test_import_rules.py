@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-PACKAGES = ("serve", "finetune", "protos", "loadtests")
+PACKAGES = ("serve", "finetune", "protos", "loadtests", "docs")
 DOMAIN = ("serve.errors", "serve.request", "serve.sampling_params", "serve.output")
 WIRE = ("fastapi", "starlette", "uvicorn", "grpc", "grpc_health", "grpc_reflection", "google", "httpx", "protos")
 MODELS = ("torch", "transformers", "tokenizers", "safetensors", "vllm", "triton")
@@ -119,6 +119,21 @@ RULES = (
     Rule("finetune.evaluation", ("finetune", "serve.prompts", "serve.request", "serve.client", "serve.output"), ("*",)),
     Rule("loadtests", ("loadtests", "protos"), ("*",)),
     Rule("loadtests.bench", ("loadtests", "protos", "serve.engine", *DOMAIN), ("*",)),
+    Rule(  # the reference is made from what it describes
+        "docs",
+        (
+            *DOMAIN,
+            "docs",
+            "protos",
+            "serve.client",
+            "serve.config",
+            "serve.metrics",
+            "serve.rest",
+            "serve.rpc",
+            "serve.runtimes.base",
+        ),
+        ("google", "grpc_tools", "prometheus_client"),
+    ),
     Rule("protos", ("protos",), ("grpc", "grpc_tools", "google", "mypy_protobuf")),
 )
 

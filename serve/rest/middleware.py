@@ -14,13 +14,14 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from serve.api_keys import ApiKeys
 from serve.errors import EngineFailure, Unauthorized
 from serve.metrics import Metrics, Protocol, Route
-from serve.rest import errors
+from serve.rest import errors, playground
 from serve.rest.request_id import HEADER, RequestId
 from serve.rest.respond import refuse
 
 logger = logging.getLogger(__name__)
 
 OPEN_PATHS = frozenset({"/livez", "/readyz", "/health", "/metrics"})
+_PAGE_METHODS = ("GET", "HEAD")  # POST / is a request
 _EXPOSED_HEADERS = f"{HEADER}, retry-after"
 _CORS_MAX_AGE_SECONDS = 600
 
@@ -99,7 +100,10 @@ class Cors:
 
 
 class Keys:
-    """Refuses what comes without a valid `Authorization: Bearer KEY`, but for probes and scrapes.
+    """Refuses what comes without a valid `Authorization: Bearer KEY`, but for probes, scrapes and the playground.
+
+    A browser cannot send the header when it opens a page, and the page's files hold no data: it asks for the key itself
+    and sends it with its requests.
 
     Args:
         keys: what is accepted.
@@ -113,7 +117,7 @@ class Keys:
         self._metrics = metrics
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http" or scope["path"] in OPEN_PATHS or self._accepts(scope):
+        if scope["type"] != "http" or _is_open(scope) or self._accepts(scope):
             await self._app(scope, receive, send)
             return
         error = Unauthorized("a valid API key is needed: Authorization: Bearer KEY")
@@ -127,3 +131,10 @@ class Keys:
     def _accepts(self, scope: Scope) -> bool:
         given = next((value for name, value in scope["headers"] if name == b"authorization"), b"")
         return self._keys.accept(given)
+
+
+def _is_open(scope: Scope) -> bool:
+    path = scope["path"]
+    return path in OPEN_PATHS or (
+        scope["method"] in _PAGE_METHODS and (path == "/" or path.startswith(playground.STATIC_PATH))
+    )

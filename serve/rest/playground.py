@@ -8,6 +8,7 @@ from serve.config import Settings
 from serve.rest.call import Call
 from serve.rest.endpoint import Handler
 
+STATIC_PATH = "/static/"
 _TYPES = {
     "html": b"text/html; charset=utf-8",
     "css": b"text/css; charset=utf-8",
@@ -39,7 +40,7 @@ def pages(settings: Settings) -> dict[str, Handler]:
         suffix = file.name.rpartition(".")[2]
         if suffix in _TYPES:
             content = file.read_bytes().replace(_GRPC_PORT_MARK, b"%d" % settings.grpc_port)
-            path = "/" if file.name == _PAGE else f"/static/{file.name}"
+            path = "/" if file.name == _PAGE else STATIC_PATH + file.name
             handlers[path] = _handler(content, _TYPES[suffix])
     return handlers
 

@@ -20,8 +20,18 @@ from tests.service.scripted_runtime import scripted_service
 KEYED = Settings(port=0, api_keys=("first", "sécond key"))
 PAGE = "https://page.example"
 BODY = {"instruction": "hello"}
-OPEN = ("/livez", "/readyz", "/health", "/metrics")
-CLOSED = ("/v1/models", "/v1/models/scripted", "/docs", "/openapi.json", "/", "/nope", "/livez/", "//livez", "/LIVEZ")
+OPEN = ("/livez", "/readyz", "/health", "/metrics", "/", "/static/playground.js")
+CLOSED = (
+    "/v1/models",
+    "/v1/models/scripted",
+    "/docs",
+    "/openapi.json",
+    "/static",
+    "/nope",
+    "/livez/",
+    "/%2flivez",
+    "/LIVEZ",
+)
 
 
 async def test_every_response_has_a_name() -> None:

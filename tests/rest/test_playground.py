@@ -81,11 +81,27 @@ async def test_without_ui_there_is_no_page() -> None:
         assert (await server.post("/", {"inputs": "hello"})).json() == [{"generated_text": "yes"}]
 
 
-async def test_with_keys_the_page_needs_one_too() -> None:
+async def test_with_keys_the_page_is_open_and_nothing_else_with_it() -> None:
+    """A browser cannot send a key for a page; the page asks for it and sends it with its requests."""
     async with served("yes", settings=Settings(port=0, api_keys=("k",))) as server:
-        for path in ("/", "/static/playground.js"):
-            assert (await server.http.get(path)).status_code == 401
-            assert (await server.http.get(path, headers={"authorization": "Bearer k"})).status_code == 200
+        for path in ("/", *(f"/static/{file.name}" for file in STATIC.iterdir() if file.suffix != ".html")):
+            for method in ("GET", "HEAD"):
+                assert (await server.http.request(method, path)).status_code == 200, (method, path)
+        for path in ("/static/nothing.js", "/static/%2e%2e/v1/models"):
+            assert (await server.http.get(path)).status_code == 404, path
+        for method, path in [
+            ("POST", "/"),
+            ("PUT", "/"),
+            ("POST", "/static/playground.js"),
+            ("GET", "/static"),
+            ("GET", "/v1/models"),
+            ("GET", "/docs"),
+            ("GET", "/static/../v1/models"),  # as "/v1/models": the client folds it
+        ]:
+            response = await server.http.request(method, path)
+            assert response.status_code == 401, (method, path)
+            assert response.headers["www-authenticate"] == "Bearer"
+        assert server.requests() == {("rest", "tgi", "none", "unauthorized"): 1}
 
 
 @pytest.mark.parametrize("port", [50051, 7000, -1, 0])

@@ -251,6 +251,12 @@ def test_exemplars_are_added_moved_and_removed(page: Page) -> None:
     assert page.stat("exemplars") == "2 of 2"
 
 
+BELOW = """selectors => {
+  const [above, below] = selectors.map(selector => document.querySelector(selector).getBoundingClientRect());
+  return below.top - above.bottom;
+}"""
+
+
 def test_an_error_names_its_field(make_page: Any, demo: ServerProcess) -> None:
     page = make_page(demo, refused=(400,)).open()
     page.settings(temperature="3")
@@ -260,11 +266,15 @@ def test_an_error_names_its_field(make_page: Any, demo: ServerProcess) -> None:
     api.expect(temperature).to_be_focused()
     assert temperature.get_attribute("aria-invalid") == "true"
     assert page.stat("finish") == "error"
+    api.expect(page.page.locator("[role=alert]:visible")).to_be_in_viewport()
+    gap = page.page.evaluate(BELOW, ["[name=temperature]", "[role=alert]:not([hidden])"])
+    assert 0 <= gap < 40, "the message stands at its field"
     temperature.fill("0.5")
     page.page.get_by_label("Instruction", exact=True).first.fill(" ")
     page.run()
     page.see("Instruction: instruction must not be blank", "[role=alert]")
     api.expect(page.page.locator("#instruction")).to_be_focused()
+    api.expect(page.page.locator("#task [role=alert]")).to_be_in_viewport()
     page.page.locator("#instruction").fill("Take the last letters of Paul Maria and join them.")
     page.run()
     api.expect(page.page.locator("[role=alert]:visible")).to_have_count(0)
@@ -295,6 +305,51 @@ def test_stop_reaches_the_server(page: Page, demo: ServerProcess, how: str) -> N
     page.settings(min_tokens="", max_tokens="")
     page.run()
     assert page.stat("finish") == "stop"
+
+
+@pytest.mark.parametrize("viewport", [WIDE, NARROW], ids=["wide", "narrow"])
+def test_a_long_stream_hides_neither_the_measures_nor_stop(
+    make_page: Any, demo: ServerProcess, viewport: dict[str, int]
+) -> None:
+    before = outcomes(demo).get("cancelled", 0)
+    page = make_page(demo, viewport=viewport).open()
+    page.click("Sentiment")
+    page.settings(min_tokens="150000", max_tokens="150000")
+    page.pane().locator(".settings").evaluate("details => { details.open = false }")
+    page.click("Run")
+    output = page.pane().locator(".output")
+    page.page.wait_for_function(
+        "() => document.querySelector('.output').offsetHeight > 2 * innerHeight", timeout=60_000
+    )
+    output.evaluate("output => window.scrollTo(0, scrollY + output.getBoundingClientRect().top + innerHeight / 2)")
+    for name in ("ttft", "rate", "out", "finish"):
+        api.expect(page.pane().locator(f"[data-stat={name}]")).to_be_in_viewport()
+    api.expect(page.page.locator("#stop")).to_be_in_viewport()
+    page.page.mouse.click(*_middle(page.page.locator("#stop").bounding_box()))  # and nothing lies over it
+    page.see("stopped", "[data-stat=finish]")
+    until_cancelled(demo, before + 1)
+
+
+def _middle(box: dict[str, float]) -> tuple[float, float]:
+    return box["x"] + box["width"] / 2, box["y"] + box["height"] / 2
+
+
+def test_on_a_phone_a_run_comes_into_view(make_page: Any, demo: ServerProcess) -> None:
+    page = make_page(demo, viewport=NARROW).open()
+    page.page.evaluate("() => window.scrollTo(0, 0)")
+    page.run()
+    for selector in (".stats", ".final"):
+        api.expect(page.pane().locator(selector)).to_be_in_viewport()
+
+
+def test_closing_the_comparison_takes_its_error_along(make_page: Any, demo: ServerProcess) -> None:
+    page = make_page(demo, refused=(400,)).open()
+    page.click("Compare")
+    page.page.locator("#instruction").fill(" ")
+    page.run()
+    api.expect(page.page.locator("[role=alert]:visible")).to_have_count(2)
+    page.click("Compare")
+    api.expect(page.page.locator("[role=alert]:visible")).to_have_count(1)
 
 
 def test_running_again_replaces_the_run(page: Page, demo: ServerProcess) -> None:
@@ -419,24 +474,26 @@ def test_the_copied_python_and_grpc_run(page: Page, demo: ServerProcess, tmp_pat
 
 
 def test_a_key_is_kept_in_memory_only(make_page: Any) -> None:
-    """The page itself needs the key as every route does; here a gateway in front adds it for the page's files."""
-    with ServerProcess("--api-key", "gateway", "--api-key", KEY) as server:
+    """The page opens without a key, as a browser cannot send one; what it then asks the server needs it."""
+    with ServerProcess("--api-key", "another", "--api-key", KEY) as server:
         page = make_page(server, refused=(401,))
-        assert httpx.get(server.rest_url).status_code == 401
-
-        def add_key(route: Any) -> None:
-            route.continue_(headers={**route.request.headers, "authorization": "Bearer gateway"})
-
-        page.page.route(re.compile(r"/(static/.*)?$"), add_key)
         page.page.goto(server.rest_url)
         page.see("This server needs a key", "#model")
         page.run()
-        page.see("a valid API key is needed", "[role=alert]")
+        page.see("API key: a valid API key is needed", "[role=alert]")
+        assert page.page.get_by_label("API key").get_attribute("aria-invalid") == "true"
+        assert axe.Axe().run(page.page).violations_count == 0
         api.expect(page.page.get_by_label("API key")).to_be_focused()
+        api.expect(page.page.get_by_role("link", name="API reference")).to_be_hidden()  # a link cannot send the key
+        page.page.get_by_label("API key").fill("wrong")
+        page.page.keyboard.press("Tab")
+        page.see("The key is not valid", "#model")
         page.page.get_by_label("API key").fill(KEY)
         page.run()
         page.see("flan-demo · torch", "#model")
         page.see("la", ".final")
+        assert page.page.get_by_label("API key").get_attribute("aria-invalid") is None
+        assert page.page.get_by_label("API key").get_attribute("aria-describedby") == "key-hint"
         for language in ("curl", "Python", "gRPC"):
             code = page.code(language)
             assert KEY not in code

@@ -20,6 +20,7 @@ export class Pane {
     this.running = false;
     this.root = document.getElementById("pane-template").content.firstElementChild.cloneNode(true);
     this.output = new Output(this.find(".output"));
+    this.errorBox = this.find(".error"); // it moves to the field at fault, so it is not always in the pane
     this.#label();
     this.root.addEventListener("input", (event) => this.#changed(event.target));
     this.find(".copy").addEventListener("click", () => this.#copy());
@@ -123,6 +124,19 @@ export class Pane {
     this.newest?.abort();
   }
 
+  close() {
+    this.stop();
+    this.#clear();
+  }
+
+  // Where the pane stands below the task (a narrow window) a run comes into view: its head, or what follows open settings.
+  show() {
+    const isBelow = this.root.getBoundingClientRect().top >= this.task.form.getBoundingClientRect().bottom;
+    const isLow = this.find(".stats").getBoundingClientRect().bottom > window.innerHeight * 0.4;
+    const start = this.find(".settings").open ? this.find(".stats") : this.root;
+    if (isBelow && isLow) start.scrollIntoView({ block: "start" });
+  }
+
   #label() {
     const name = `Pane ${this.letter}`;
     this.root.setAttribute("aria-label", name);
@@ -137,7 +151,7 @@ export class Pane {
       const words = label.firstChild.textContent.trim();
       this.find(`[data-twin=${input.name}]`)?.setAttribute("aria-label", `${words}, slider`);
     }
-    this.find(".error").id = `error-${this.letter}`;
+    this.errorBox.id = `error-${this.letter}`;
   }
 
   #changed(input) {
@@ -155,7 +169,8 @@ export class Pane {
   #clear() {
     this.requestId = null;
     for (const name of ["ttft", "rate", "in", "out", "exemplars"]) this.#stat(name, "–");
-    this.find(".error").hidden = this.find(".notes").hidden = this.find(".served").hidden = true;
+    this.errorBox.hidden = this.find(".notes").hidden = this.find(".served").hidden = true;
+    this.find(".stats").after(this.errorBox);
     for (const input of document.querySelectorAll(`[aria-describedby~="error-${this.letter}"]`)) {
       input.removeAttribute("aria-invalid");
       const others = input.getAttribute("aria-describedby").split(" ").filter((id) => id !== `error-${this.letter}`);
@@ -217,16 +232,15 @@ export class Pane {
       return;
     }
     this.#stat("finish", "error");
-    const field = error.field ? this.#fieldOf(error.field) : null;
+    const field = error.code === "unauthorized" ? document.getElementById("key") : error.field ? this.#fieldOf(error.field) : null;
     const label = field?.labels?.[0]?.firstChild.textContent.trim();
     const message = error instanceof RequestError ? error.message : "The server cannot be reached.";
-    const box = this.find(".error");
+    const box = this.errorBox;
     box.hidden = false;
     box.replaceChildren();
     if (label) box.append(Object.assign(document.createElement("strong"), { textContent: `${label}: ` }));
     box.append(message);
     if (this.output.isEmpty) this.output.root.replaceChildren();
-    if (error.code === "unauthorized") document.getElementById("key").focus();
     if (field) this.#pointAt(field);
   }
 
@@ -240,6 +254,7 @@ export class Pane {
     field.setAttribute("aria-describedby", described);
     const details = field.closest("details");
     if (details) details.open = true;
+    field.closest(".field")?.after(this.errorBox);
     field.focus();
   }
 

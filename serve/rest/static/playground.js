@@ -25,6 +25,7 @@ async function run() {
   const running = shown();
   announce("Running");
   $("stop").disabled = false;
+  panes[0].show();
   await Promise.all(running.map((pane) => pane.run()));
   if (panes.some((pane) => pane.running)) return; // it was run again meanwhile
   if (document.activeElement === $("stop")) $("run").focus();
@@ -43,7 +44,7 @@ function compare() {
   if (on) {
     panes[1].set(panes[0].settings());
     panes[1].mode = panes[0].mode === "cot" ? "instruction" : "cot";
-  } else panes[1].stop();
+  } else panes[1].close();
   announce(on ? "Two panes run the same task." : "One pane.");
   refresh();
 }
@@ -59,7 +60,11 @@ async function describeModel() {
     say("ready", `${card.id} · ${card.runtime} · ${card.dtype} · ${card.max_input_tokens} tokens in, ${card.max_output_tokens} out`);
     for (const pane of panes) pane.find(".max-tokens-range").textContent = `1 – ${card.max_output_tokens}`;
   } catch (error) {
-    if (error.code === "unauthorized") return say("closed", "This server needs a key");
+    if (error.code === "unauthorized") {
+      $("reference").hidden = true; // a link cannot send the key
+      $("key").placeholder = "needed";
+      return say("closed", getKey() ? "The key is not valid" : "This server needs a key");
+    }
     say("loading", error.code ? "Not ready yet" : "The server cannot be reached");
     setTimeout(describeModel, RETRY_MS);
   }
