@@ -20,6 +20,8 @@ from __future__ import annotations
 
 from typing import ClassVar
 
+DEFAULT_RETRY_AFTER_SECONDS = 1.0  # where a QueueFull or Unavailable does not say when
+
 
 class ServeError(Exception):
     """A request that cannot be served.

@@ -9,9 +9,20 @@ The package needs httpx, grpcio and protobuf; neither a model nor a server is im
 """
 
 from serve.client.async_client import AsyncFlanClient
+from serve.client.many import AsyncManyResults, ManyResult, ManyResults
 from serve.client.streams import AsyncCompletionStream, CompletionStream
 from serve.client.sync_client import FlanClient
 from serve.client.transport import TlsFiles
 from serve.client.wire import ModelInfo
 
-__all__ = ["AsyncCompletionStream", "AsyncFlanClient", "CompletionStream", "FlanClient", "ModelInfo", "TlsFiles"]
+__all__ = [
+    "AsyncCompletionStream",
+    "AsyncFlanClient",
+    "AsyncManyResults",
+    "CompletionStream",
+    "FlanClient",
+    "ManyResult",
+    "ManyResults",
+    "ModelInfo",
+    "TlsFiles",
+]

@@ -4,24 +4,22 @@
 
 from __future__ import annotations
 
-import asyncio
-from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
+from collections.abc import AsyncGenerator, AsyncIterable, Iterable, Sequence
 from types import TracebackType
-from typing import Self, TypeVar, Unpack
+from typing import Self, Unpack
 
 from serve.client import wire
 from serve.client.calls import DEFAULT_MAX_BODY_MIB, DEFAULT_MAX_RETRIES, Calls, parse_url
 from serve.client.fields import GenerateFields, PromptFields
+from serve.client.many import DEFAULT_MAX_IN_FLIGHT, AsyncManyResults, Fields, ManyPlan, check
 from serve.client.rest import AsyncRestTransport
 from serve.client.retries import Retries
 from serve.client.rpc import AsyncRpcTransport
 from serve.client.streams import AsyncCompletionStream
 from serve.client.transport import AsyncTransport, TlsFiles
 from serve.client.wire import Call, Json, ModelInfo
-from serve.errors import EngineFailure, ServeError
+from serve.errors import EngineFailure
 from serve.output import Completion, Scores, Tokenization
-
-T = TypeVar("T")
 
 
 class AsyncFlanClient:
@@ -65,6 +63,23 @@ class AsyncFlanClient:
         call = self._calls.generate(instruction, timeout, fields)
         return AsyncCompletionStream(self._events(call))
 
+    def generate_many(
+        self,
+        requests: Iterable[Fields] | AsyncIterable[Fields],
+        *,
+        max_in_flight: int = DEFAULT_MAX_IN_FLIGHT,
+        timeout: float | None = None,
+    ) -> AsyncManyResults:
+        """As FlanClient.generate_many; the iterable may be asynchronous, and is read while results come.
+
+        async with client.generate_many(requests) as results:
+            async for result in results:
+                print(result.request_id, result.error or result.completion.outputs[0].text)
+        """
+        check(requests, max_in_flight)
+        expires = self._calls.expires(timeout)
+        return AsyncManyResults(requests, ManyPlan(self._transport.open_many(), self._retries, expires, max_in_flight))
+
     async def score(
         self,
         instruction: str | None = None,
@@ -93,6 +108,7 @@ class AsyncFlanClient:
         return await self._transport.ready()
 
     async def close(self) -> None:
+        self._calls.close()
         await self._transport.close()
 
     async def __aenter__(self) -> Self:
@@ -104,10 +120,10 @@ class AsyncFlanClient:
         await self.close()
 
     async def _send(self, call: Call) -> Json:
-        return await self._retrying(call, lambda: self._transport.send(call))
+        return await self._retries.run_async(call, lambda: self._transport.send(call))
 
     async def _events(self, call: Call) -> AsyncGenerator[Json]:
-        first, rest = await self._retrying(call, lambda: self._open(call))
+        first, rest = await self._retries.run_async(call, lambda: self._open(call))
         try:
             yield first
             async for event in rest:
@@ -120,15 +136,3 @@ class AsyncFlanClient:
         async for first in events:
             return first, events
         raise EngineFailure("the stream ended early")
-
-    async def _retrying(self, call: Call, operation: Callable[[], Awaitable[T]]) -> T:
-        retries_made = 0
-        while True:
-            try:
-                return await operation()
-            except ServeError as error:
-                delay = self._retries.delay_seconds(error, retries_made, call)
-                if delay is None:
-                    raise
-            await asyncio.sleep(delay)
-            retries_made += 1

@@ -16,6 +16,7 @@ from google.protobuf.descriptor import Descriptor, EnumDescriptor
 from google.protobuf.message import DecodeError, Message
 from google.rpc import error_details_pb2, status_pb2
 
+from serve.client.retries import parse_retry_after
 from serve.client.wire import ERRORS, Json
 from serve.errors import (
     Cancelled,
@@ -24,6 +25,7 @@ from serve.errors import (
     InvalidRequest,
     MethodNotAllowed,
     NotFound,
+    QueueFull,
     ServeError,
     TooLarge,
     Unauthorized,
@@ -36,12 +38,14 @@ _CODES: Mapping[grpc.StatusCode, type[ServeError]] = {
     grpc.StatusCode.UNAUTHENTICATED: Unauthorized,
     grpc.StatusCode.NOT_FOUND: NotFound,
     grpc.StatusCode.UNIMPLEMENTED: MethodNotAllowed,
-    grpc.StatusCode.RESOURCE_EXHAUSTED: TooLarge,  # a full queue comes with details
+    grpc.StatusCode.RESOURCE_EXHAUSTED: QueueFull,
     grpc.StatusCode.UNAVAILABLE: Unavailable,
     grpc.StatusCode.DEADLINE_EXCEEDED: DeadlineExceeded,
     grpc.StatusCode.CANCELLED: Cancelled,
 }
 _DETAILS_KEY = "grpc-status-details-bin"
+# How grpc's implementations refuse a message by its size: with RESOURCE_EXHAUSTED too, and only the text says why.
+_SIZE_WORDS = re.compile(r"larger than|too large|exceeds max|size exceeds", re.IGNORECASE)
 
 
 def fill(message: Message, body: Mapping[str, Any]) -> None:
@@ -127,6 +131,10 @@ def to_serve_error(error: Any) -> ServeError:
     trailers = dict(error.trailing_metadata() or ())
     reason, field, retry_after_seconds = _details(trailers.get(_DETAILS_KEY, b""))
     kind = ERRORS.get(reason, _CODES.get(code, EngineFailure))
+    if not reason and kind is QueueFull and _SIZE_WORDS.search(text):
+        kind = TooLarge
+    if retry_after_seconds is None:  # a gateway's, that has made a status of an HTTP response
+        retry_after_seconds = parse_retry_after(str(trailers.get("retry-after", "")))
     message = text if text else f"the call failed with {code.name}"
     return kind(message, field=field, retry_after_seconds=retry_after_seconds)
 

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import json
 import ssl
+import time
 from collections.abc import AsyncGenerator, Generator, Mapping
 from typing import Any
 
 import httpx
 
+from serve.client.retries import parse_retry_after
 from serve.client.sse import EventDecoder, GenerationEvents
-from serve.client.transport import CONNECT_TIMEOUT_SECONDS, Server
+from serve.client.transport import CONNECT_TIMEOUT_SECONDS, Exchange, Server
 from serve.client.wire import Call, Json, to_error
 from serve.errors import (
     Cancelled,
@@ -46,6 +48,7 @@ _STATUSES: Mapping[int, type[ServeError]] = {
 }
 # The server ends a late request itself and says so; the socket's own timeout is only for a server that cannot.
 _TIMEOUT_MARGIN_SECONDS = 2.0
+_CLOCK_TOLERANCE_SECONDS = 0.05
 
 
 class RestTransport:
@@ -58,7 +61,7 @@ class RestTransport:
         try:
             response = self._http.send(request)
         except httpx.HTTPError as error:
-            raise _transport_error(error) from error
+            raise _transport_error(error, call) from error
         return _to_result(call, response)
 
     def stream(self, call: Call) -> Generator[Json]:
@@ -67,7 +70,7 @@ class RestTransport:
         try:
             response = self._http.send(request, stream=True)
             try:
-                if response.is_error:
+                if not response.is_success:
                     response.read()
                     raise to_serve_error(response)
                 decoder = EventDecoder()
@@ -77,8 +80,11 @@ class RestTransport:
             finally:
                 response.close()
         except httpx.HTTPError as error:
-            raise _transport_error(error) from error
+            raise _transport_error(error, call) from error
         events.check_ended()
+
+    def open_many(self) -> Exchange:
+        return RestExchange(AsyncRestTransport(self._server), is_own=True)
 
     def ready(self) -> bool:
         try:
@@ -100,7 +106,7 @@ class AsyncRestTransport:
         try:
             response = await self._http.send(request)
         except httpx.HTTPError as error:
-            raise _transport_error(error) from error
+            raise _transport_error(error, call) from error
         return _to_result(call, response)
 
     async def stream(self, call: Call) -> AsyncGenerator[Json]:
@@ -109,7 +115,7 @@ class AsyncRestTransport:
         try:
             response = await self._http.send(request, stream=True)
             try:
-                if response.is_error:
+                if not response.is_success:
                     await response.aread()
                     raise to_serve_error(response)
                 decoder = EventDecoder()
@@ -120,8 +126,11 @@ class AsyncRestTransport:
             finally:
                 await response.aclose()
         except httpx.HTTPError as error:
-            raise _transport_error(error) from error
+            raise _transport_error(error, call) from error
         events.check_ended()
+
+    def open_many(self) -> Exchange:
+        return RestExchange(self, is_own=False)
 
     async def ready(self) -> bool:
         try:
@@ -131,6 +140,25 @@ class AsyncRestTransport:
 
     async def close(self) -> None:
         await self._http.aclose()
+
+
+class RestExchange:
+    """generate_many over REST: a POST for each request.
+
+    Args:
+        is_own: whether `transport` ends with the exchange.
+    """
+
+    def __init__(self, transport: AsyncRestTransport, *, is_own: bool) -> None:
+        self._transport = transport
+        self._is_own = is_own
+
+    async def send(self, call: Call) -> Json:
+        return await self._transport.send(call)
+
+    async def close(self) -> None:
+        if self._is_own:
+            await self._transport.close()
 
 
 def _settings(server: Server) -> dict[str, Any]:
@@ -164,7 +192,12 @@ def _to_request(
             raise TooLarge(f"the request has {len(content)} bytes, the limit is {server.max_body_bytes}")
     request = http.build_request(verb, path, headers=headers, content=content)
     if remaining is not None:
-        request.extensions["timeout"] |= {"read": remaining + _TIMEOUT_MARGIN_SECONDS}
+        late = remaining + _TIMEOUT_MARGIN_SECONDS
+        request.extensions["timeout"] |= {
+            "read": late,
+            "write": late,
+            "connect": min(CONNECT_TIMEOUT_SECONDS, remaining),
+        }
     return request
 
 
@@ -190,24 +223,29 @@ def _dump(value: Any) -> bytes:
 
 
 def _to_result(call: Call, response: httpx.Response) -> Json:
-    if response.is_error:
+    if not response.is_success:
         raise to_serve_error(response)
-    data: Json = response.json()
+    try:
+        data: Json = response.json()
+    except ValueError as error:
+        raise EngineFailure("the answer is not JSON: it is not from a flan-serve server") from error
     return data["data"][0] if call.method == "model" else data
 
 
 def to_serve_error(response: httpx.Response) -> ServeError:
     """Our error for a refusal."""
     otherwise = _STATUSES.get(response.status_code, EngineFailure)
-    retry_after = response.headers.get("retry-after", "")
-    seconds = float(retry_after) if retry_after.isdecimal() else None
+    seconds = parse_retry_after(response.headers.get("retry-after", ""))
     try:
         return to_error(response.json()["error"], otherwise, seconds)
     except (ValueError, KeyError, TypeError, AttributeError):  # a proxy's page; the status says what happened
         return otherwise(f"HTTP {response.status_code}", retry_after_seconds=seconds)
 
 
-def _transport_error(error: httpx.HTTPError) -> ServeError:
-    if isinstance(error, httpx.ReadTimeout):
+def _transport_error(error: httpx.HTTPError, call: Call) -> ServeError:
+    is_late = call.expires is not None and time.monotonic() + _CLOCK_TOLERANCE_SECONDS >= call.expires
+    if isinstance(error, httpx.ReadTimeout | httpx.WriteTimeout) or (
+        isinstance(error, httpx.TimeoutException) and is_late
+    ):
         return DeadlineExceeded("the timeout passed")
     return Unavailable(f"no answer from the server: {error}" if str(error) else "no answer from the server")

@@ -13,7 +13,9 @@ from grpc_health.v1 import health_pb2
 
 from protos.flan.v1 import generation_pb2 as pb
 from serve.client.messages import fill, to_json, to_serve_error
-from serve.client.transport import CONNECT_TIMEOUT_SECONDS, Server
+from serve.client.rpc_many import METHOD as MANY
+from serve.client.rpc_many import RpcExchange, Stream
+from serve.client.transport import CONNECT_TIMEOUT_SECONDS, Exchange, Server
 from serve.client.wire import Call, Json
 from serve.errors import TooLarge
 
@@ -26,12 +28,7 @@ _HEALTH_CHECK = "/grpc.health.v1.Health/Check"
 class RpcTransport:
     def __init__(self, server: Server) -> None:
         self._server = server
-        options = _options(server)
-        self._channel = (
-            grpc.secure_channel(server.address, _credentials(server), options)
-            if server.secure
-            else grpc.insecure_channel(server.address, options)
-        )
+        self._channel = _open_channel(server)
 
     def send(self, call: Call) -> Json:
         name = _METHODS[call.method]
@@ -54,6 +51,9 @@ class RpcTransport:
         finally:
             events.cancel()
 
+    def open_many(self) -> Exchange:
+        return _to_exchange(self._channel, self._server)
+
     def ready(self) -> bool:
         check = self._channel.unary_unary(_HEALTH_CHECK, *_HEALTH_CODEC)
         try:
@@ -71,6 +71,7 @@ class AsyncRpcTransport:
     def __init__(self, server: Server) -> None:
         self._server = server
         self._opened: grpc.aio.Channel | None = None
+        self._many_channel: grpc.Channel | None = None
 
     @property
     def _channel(self) -> grpc.aio.Channel:
@@ -106,6 +107,11 @@ class AsyncRpcTransport:
         finally:
             events.cancel()
 
+    def open_many(self) -> Exchange:
+        if self._many_channel is None:
+            self._many_channel = _open_channel(self._server)
+        return _to_exchange(self._many_channel, self._server)
+
     async def ready(self) -> bool:
         check = self._channel.unary_unary(_HEALTH_CHECK, *_HEALTH_CODEC)
         try:
@@ -116,6 +122,26 @@ class AsyncRpcTransport:
     async def close(self) -> None:
         if self._opened is not None:
             await self._opened.close()
+        if self._many_channel is not None:
+            self._many_channel.close()
+
+
+def _open_channel(server: Server) -> grpc.Channel:
+    options = _options(server)
+    if server.secure:
+        return grpc.secure_channel(server.address, _credentials(server), options)
+    return grpc.insecure_channel(server.address, options)
+
+
+def _to_exchange(channel: grpc.Channel, server: Server) -> Exchange:
+    """GenerateMany over a channel."""
+    method = channel.stream_stream(_path(MANY), *_codec(MANY))
+    metadata = tuple(server.headers.items())
+
+    def open_stream(seconds: float | None) -> Stream:
+        return Stream(lambda requests: method(requests, seconds, metadata))
+
+    return RpcExchange(open_stream, lambda call: _to_request(MANY, call, server))
 
 
 def _options(server: Server) -> tuple[tuple[str, int], ...]:
@@ -133,7 +159,9 @@ def _credentials(server: Server) -> grpc.ChannelCredentials:
     def read(path: str | None) -> bytes | None:
         return None if path is None else Path(path).read_bytes()
 
-    return grpc.ssl_channel_credentials(read(server.tls.ca), read(server.tls.key), read(server.tls.cert))
+    tls = server.tls
+    key = tls.cert if tls.key is None else tls.key  # one file may hold both
+    return grpc.ssl_channel_credentials(read(tls.ca), read(key), read(tls.cert))
 
 
 def _path(method: str) -> str:

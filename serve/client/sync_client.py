@@ -2,24 +2,22 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Generator, Iterable, Sequence
 from types import TracebackType
-from typing import Self, TypeVar, Unpack
+from typing import Self, Unpack
 
 from serve.client import wire
 from serve.client.calls import DEFAULT_MAX_BODY_MIB, DEFAULT_MAX_RETRIES, Calls, parse_url
 from serve.client.fields import GenerateFields, PromptFields
+from serve.client.many import DEFAULT_MAX_IN_FLIGHT, Fields, ManyPlan, ManyResults, check
 from serve.client.rest import RestTransport
 from serve.client.retries import Retries
 from serve.client.rpc import RpcTransport
 from serve.client.streams import CompletionStream
 from serve.client.transport import TlsFiles, Transport
 from serve.client.wire import Call, Json, ModelInfo
-from serve.errors import EngineFailure, ServeError
+from serve.errors import EngineFailure
 from serve.output import Completion, Scores, Tokenization
-
-T = TypeVar("T")
 
 
 class FlanClient:
@@ -42,7 +40,7 @@ class FlanClient:
         tls: whom to trust, and the client's own certificate.
 
     Raises:
-        ValueError: `url` is not a URL of a server.
+        ValueError: `url` is not a URL of a server, or does not go with `api_key` or `tls`.
     """
 
     def __init__(
@@ -88,6 +86,38 @@ class FlanClient:
         """
         return CompletionStream(self._events(self._calls.generate(instruction, timeout, fields)))
 
+    def generate_many(
+        self,
+        requests: Iterable[Fields],
+        *,
+        max_in_flight: int = DEFAULT_MAX_IN_FLIGHT,
+        timeout: float | None = None,
+    ) -> ManyResults:
+        """Generate for many requests and iterate over the results as they finish, in any order; each has its `index`.
+
+            requests = ({"instruction": "Is it positive?", "input": text, "request_id": f"row-{n}"} for n, text in rows)
+            with client.generate_many(requests) as results:
+                for result in results:
+                    if result.error is None:
+                        print(result.request_id, result.completion.outputs[0].text)
+
+        Every request that was read gets one result; one that fails is a result with an `error`, and the others go on.
+        The iterable is read in the caller's thread, between the results and only where there is room, so it may be as
+        long as it likes. Leaving the `with` block, or `close`, cancels what is still running.
+
+        Args:
+            requests: mappings with the fields of `generate`.
+            max_in_flight: most requests that are read and have not come back as a result.
+            timeout: of all together, in seconds.
+
+        Raises (while iterating, when what was under way has come back):
+            DeadlineExceeded: the timeout passed before all requests were read.
+            Exception: what the iterable raised.
+        """
+        check(requests, max_in_flight)
+        expires = self._calls.expires(timeout)
+        return ManyResults(requests, ManyPlan(self._transport.open_many(), self._retries, expires, max_in_flight))
+
     def score(
         self,
         instruction: str | None = None,
@@ -120,6 +150,7 @@ class FlanClient:
         return self._transport.ready()
 
     def close(self) -> None:
+        self._calls.close()
         self._transport.close()
 
     def __enter__(self) -> Self:
@@ -131,10 +162,10 @@ class FlanClient:
         self.close()
 
     def _send(self, call: Call) -> Json:
-        return self._retrying(call, lambda: self._transport.send(call))
+        return self._retries.run(call, lambda: self._transport.send(call))
 
     def _events(self, call: Call) -> Generator[Json]:
-        first, rest = self._retrying(call, lambda: self._open(call))
+        first, rest = self._retries.run(call, lambda: self._open(call))
         try:
             yield first
             yield from rest
@@ -147,15 +178,3 @@ class FlanClient:
         for first in events:
             return first, events
         raise EngineFailure("the stream ended early")
-
-    def _retrying(self, call: Call, operation: Callable[[], T]) -> T:
-        retries_made = 0
-        while True:
-            try:
-                return operation()
-            except ServeError as error:
-                delay = self._retries.delay_seconds(error, retries_made, call)
-                if delay is None:
-                    raise
-            time.sleep(delay)
-            retries_made += 1

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import AsyncGenerator, Generator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 from serve.client.wire import Call, Json
@@ -13,7 +13,10 @@ CONNECT_TIMEOUT_SECONDS = 10.0
 
 @dataclass(frozen=True, slots=True)
 class TlsFiles:
-    """PEM files for TLS: the authority to trust instead of the system's, and the client's own certificate and key."""
+    """PEM files for TLS: the authority to trust instead of the system's, and the client's own certificate and key.
+
+    `key` None: it is in the file of `cert`.
+    """
 
     ca: str | None = None
     cert: str | None = None
@@ -32,7 +35,7 @@ class Server:
     host: str
     port: int
     secure: bool
-    api_key: str | None
+    api_key: str | None = field(repr=False)
     tls: TlsFiles
     max_body_bytes: int
 
@@ -46,6 +49,16 @@ class Server:
         return {} if self.api_key is None else {"authorization": f"Bearer {self.api_key}"}
 
 
+class Exchange(Protocol):
+    """Carries the requests of one generate_many call, many at a time. It lives in the event loop that it is used in."""
+
+    async def send(self, call: Call) -> Json:
+        """The fields of the response to a call of generate; its body has a `request_id`."""
+
+    async def close(self) -> None:
+        """Give up what is still under way."""
+
+
 class Transport(Protocol):
     """For FlanClient. Safe to use from several threads."""
 
@@ -54,6 +67,9 @@ class Transport(Protocol):
 
     def stream(self, call: Call) -> Generator[Json]:
         """Events: `{"delta": ...}` and at the end one `{"final": ...}`. Closing the iterator cancels the call."""
+
+    def open_many(self) -> Exchange:
+        """For generate_many; used in an event loop of its own, in another thread."""
 
     def ready(self) -> bool: ...
 
@@ -66,6 +82,8 @@ class AsyncTransport(Protocol):
     async def send(self, call: Call) -> Json: ...
 
     def stream(self, call: Call) -> AsyncGenerator[Json]: ...
+
+    def open_many(self) -> Exchange: ...
 
     async def ready(self) -> bool: ...
 

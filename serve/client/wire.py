@@ -100,28 +100,49 @@ class Call:
         Raises:
             DeadlineExceeded: there is none.
         """
-        if self.expires is None:
-            return None
-        remaining = self.expires - time.monotonic()
-        if remaining <= 0:
-            raise DeadlineExceeded("the timeout passed")
-        return remaining
+        return remaining_seconds(self.expires)
 
 
-def to_call(method: Method, timeout: float | None, fields: Mapping[str, Any]) -> Call:
+def remaining_seconds(expires: float | None) -> float | None:
+    """Time left until a moment on time.monotonic's clock; None = no end.
+
+    Raises:
+        DeadlineExceeded: there is none.
+    """
+    if expires is None:
+        return None
+    remaining = expires - time.monotonic()
+    if remaining <= 0:
+        raise DeadlineExceeded("the timeout passed")
+    return remaining
+
+
+class UnknownField(TypeError):
+    """A field that the contract does not have: a TypeError, as Python raises for an unknown keyword."""
+
+    def __init__(self, name: str, known: Iterable[str]) -> None:
+        close = get_close_matches(name, known, n=1)
+        super().__init__(f"unknown field {name!r}" + (f"; did you mean {close[0]!r}?" if close else ""))
+        self.name = name
+
+
+def to_expires(timeout: float | None) -> float | None:
+    """A timeout in seconds from now as a moment on time.monotonic's clock."""
+    return None if timeout is None else time.monotonic() + timeout
+
+
+def to_call(method: Method, expires: float | None, fields: Mapping[str, Any]) -> Call:
     """The call with the fields that were said.
 
     Raises:
-        TypeError: a field that the contract does not have (as Python does for an unknown keyword).
+        UnknownField: a field that the contract does not have.
         InvalidRequest: bytes where text belongs.
     """
     known = _KNOWN_FIELDS[method]
     for name in fields:
         if name not in known:
-            close = get_close_matches(name, known, n=1)
-            raise TypeError(f"unknown field {name!r}" + (f"; did you mean {close[0]!r}?" if close else ""))
+            raise UnknownField(str(name), known)
     body = {name: _plain(name, value) for name, value in fields.items() if value is not None}
-    expires = None if timeout is None else time.monotonic() + timeout
     return Call(method, body, expires)
 
 

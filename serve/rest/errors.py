@@ -11,7 +11,7 @@ import math
 from collections.abc import Callable
 from typing import Any
 
-from serve.errors import ServeError
+from serve.errors import DEFAULT_RETRY_AFTER_SECONDS, ServeError
 
 Headers = list[tuple[bytes, bytes]]
 ToBody = Callable[[ServeError], dict[str, Any]]
@@ -43,7 +43,6 @@ TGI_TYPES: dict[str, str] = {
 # What a TGI request calls the fields that are not named as ours, in messages that the service words.
 _TGI_NAMES = {"prompt": "inputs"}
 _RETRY_STATUSES = (429, 503)
-_RETRY_SECONDS = 1.0  # where an error does not say when
 
 
 def to_status(error: ServeError) -> int:
@@ -85,6 +84,6 @@ def to_headers(error: ServeError) -> Headers:
     if status == 401:
         return [(b"www-authenticate", b"Bearer")]
     if status in _RETRY_STATUSES:
-        seconds = _RETRY_SECONDS if error.retry_after_seconds is None else error.retry_after_seconds
+        seconds = DEFAULT_RETRY_AFTER_SECONDS if error.retry_after_seconds is None else error.retry_after_seconds
         return [(b"retry-after", b"%d" % max(1, math.ceil(seconds)))]
     return []

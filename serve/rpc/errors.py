@@ -14,7 +14,7 @@ from typing import Any, NoReturn
 import grpc
 from google.rpc import error_details_pb2, status_pb2
 
-from serve.errors import ServeError
+from serve.errors import DEFAULT_RETRY_AFTER_SECONDS, ServeError
 
 CODES = {
     "invalid": grpc.StatusCode.INVALID_ARGUMENT,
@@ -29,6 +29,7 @@ CODES = {
     "engine_failure": grpc.StatusCode.INTERNAL,
     "error": grpc.StatusCode.INTERNAL,
 }
+_RETRY_KINDS = ("queue_full", "unavailable")  # what REST says Retry-After to
 DETAILS_KEY = "grpc-status-details-bin"
 ERROR_DOMAIN = "flan.v1"
 
@@ -52,9 +53,12 @@ def to_trailers(error: ServeError) -> tuple[tuple[str, bytes], ...]:
     if error.field is not None:
         violation = error_details_pb2.BadRequest.FieldViolation(field=error.field, description=message)
         details.append(error_details_pb2.BadRequest(field_violations=[violation]))
-    if error.retry_after_seconds is not None:
+    retry_after_seconds = error.retry_after_seconds
+    if retry_after_seconds is None and error.kind in _RETRY_KINDS:
+        retry_after_seconds = DEFAULT_RETRY_AFTER_SECONDS
+    if retry_after_seconds is not None:
         retry = error_details_pb2.RetryInfo()
-        retry.retry_delay.FromNanoseconds(int(error.retry_after_seconds * 1e9))
+        retry.retry_delay.FromNanoseconds(int(retry_after_seconds * 1e9))
         details.append(retry)
     status = status_pb2.Status(code=CODES[error.kind].value[0], message=message)
     for detail in details:

@@ -9,12 +9,18 @@ from typing import Any
 
 import pytest
 
-from serve.client import AsyncFlanClient, CompletionStream, FlanClient, TlsFiles
+from serve.client import (
+    AsyncCompletionStream,
+    AsyncFlanClient,
+    AsyncManyResults,
+    CompletionStream,
+    FlanClient,
+    ManyResults,
+    TlsFiles,
+)
 from serve.client.calls import DEFAULT_MAX_BODY_MIB
 from serve.config import Settings
-from serve.errors import (
-    Unavailable,
-)
+from serve.errors import Unavailable
 from serve.request import Exemplar, Mode
 from tests.client.harness import TRANSPORTS, async_client, served, timeless
 from tests.rpc.certificates import make_certificates
@@ -143,7 +149,7 @@ def certificates(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("transport", TRANSPORTS)
-async def test_tls_with_certificates_on_both_sides(transport: str, certificates: Path) -> None:
+async def test_tls_with_certificates_on_both_sides(transport: str, certificates: Path, tmp_path: Path) -> None:
     def file(name: str) -> str:
         return str(certificates / name)
 
@@ -156,12 +162,18 @@ async def test_tls_with_certificates_on_both_sides(transport: str, certificates:
         tls = TlsFiles(ca=file("ca.pem"), cert=file("client.pem"), key=file("client.key"))
         async with async_client(s, transport, tls=tls) as client:
             assert (await client.generate("x")).outputs[0].text == "yes"
+            assert [result.error async for result in client.generate_many([{"instruction": "x"}] * 3)] == [None] * 3
 
-        def synchronous() -> str:
+        def synchronous(tls: TlsFiles) -> list[Any]:
             with FlanClient(s.urls[transport], tls=tls) as twin:
-                return twin.generate("x").outputs[0].text
+                return [twin.generate("x").outputs[0].text, *twin.generate_many([{"instruction": "x"}] * 3)]
 
-        assert await asyncio.to_thread(synchronous) == "yes"
+        text, *results = await asyncio.to_thread(synchronous, tls)
+        assert (text, [result.error for result in results]) == ("yes", [None] * 3)
+        joined = tmp_path / "both.pem"
+        joined.write_bytes(b"".join((certificates / name).read_bytes() for name in ("client.pem", "client.key")))
+        text, *_ = await asyncio.to_thread(synchronous, TlsFiles(ca=file("ca.pem"), cert=str(joined)))
+        assert text == "yes"
         async with async_client(s, transport, tls=TlsFiles(ca=file("ca.pem")), max_retries=0) as client:
             with pytest.raises(Unavailable):
                 await client.generate("x", timeout=5)
@@ -185,6 +197,8 @@ def test_the_twins_have_the_same_methods() -> None:
         return {name: list(inspect.signature(member).parameters) for name, member in members if name[0] != "_"}
 
     assert methods(FlanClient) == methods(AsyncFlanClient)
-    assert {"generate", "stream", "score", "tokenize", "model", "health", "close"} == set(methods(FlanClient))
+    expected = {"generate", "stream", "generate_many", "score", "tokenize", "model", "health", "close"}
+    assert expected == set(methods(FlanClient))
     assert inspect.signature(FlanClient) == inspect.signature(AsyncFlanClient)
-    assert issubclass(CompletionStream, object)
+    assert methods(CompletionStream) == methods(AsyncCompletionStream) == {"close": ["self"]}
+    assert methods(ManyResults) == methods(AsyncManyResults) == {"close": ["self"]}

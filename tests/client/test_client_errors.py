@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import math
+from collections.abc import AsyncIterator, Iterator
 from typing import Any
 
 import pytest
 
-from serve.client import FlanClient
+from serve.client import AsyncFlanClient, FlanClient, TlsFiles
+from serve.client.wire import Call, Json
 from serve.errors import (
     DeadlineExceeded,
     EngineFailure,
@@ -165,6 +167,31 @@ async def test_messages_over_the_limit(transport: str) -> None:
 
 
 @pytest.mark.parametrize("transport", TRANSPORTS)
+async def test_the_limit_is_the_clients_to_choose(transport: str) -> None:
+    """Both twins refuse by themselves what is larger, and take what grpc alone (4 MiB) would not."""
+    async with served("yes", max_body_mib=6) as s:
+        async with async_client(s, transport, max_body_mib=0.001) as client:
+            with pytest.raises(TooLarge, match="limit is 1048"):
+                await client.generate("x " * 1000)
+            (result,) = [r async for r in client.generate_many([{"instruction": "x " * 1000}])]
+            assert isinstance(result.error, TooLarge)
+        assert s.runtime.requests == []
+        large: dict[str, Any] = {"instruction": "x", "input": "x" * (5 * 2**20), "temperature": 9}
+        async with async_client(s, transport, max_body_mib=6) as client:
+            with pytest.raises(InvalidRequest, match="temperature"):
+                await client.generate(**large)
+            (result,) = [r async for r in client.generate_many([large])]
+            assert isinstance(result.error, InvalidRequest)
+
+        def synchronous() -> None:
+            with FlanClient(s.urls[transport], max_body_mib=6) as client:
+                client.generate(**large)
+
+        with pytest.raises(InvalidRequest, match="temperature"):
+            await asyncio.to_thread(synchronous)
+
+
+@pytest.mark.parametrize("transport", TRANSPORTS)
 async def test_loading_then_ready(transport: str) -> None:
     service = Service(ServiceSettings(), Metrics())
     async with served(service=service) as s, async_client(s, transport, max_retries=0) as client:
@@ -219,6 +246,81 @@ def test_urls_that_are_none(url: str) -> None:
         FlanClient(url)
 
 
-def test_a_key_that_cannot_be_sent() -> None:
+@pytest.mark.parametrize("url", ["http://host", "grpc://host"])
+def test_tls_files_without_tls(url: str) -> None:
+    with pytest.raises(ValueError, match="not TLS"):
+        FlanClient(url, tls=TlsFiles(ca="ca.pem"))
+    FlanClient(url, tls=TlsFiles()).close()
+
+
+@pytest.mark.parametrize("transport", TRANSPORTS)
+async def test_a_closed_client(transport: str) -> None:
+    client, twin = AsyncFlanClient(f"{transport}://host"), FlanClient(f"{transport}://host")
+    for _ in range(2):
+        await client.close()
+        twin.close()
+    for call in (
+        lambda: twin.generate("x"),
+        lambda: twin.stream("x"),
+        lambda: twin.generate_many([]),
+        lambda: twin.score("x", ["a"]),
+        lambda: twin.tokenize("x"),
+        twin.model,
+        lambda: client.stream("x"),
+        lambda: client.generate_many([]),
+    ):
+        with pytest.raises(RuntimeError, match="closed"):
+            call()
+    for later in (client.generate("x"), client.score("x", ["a"]), client.tokenize("x"), client.model()):
+        with pytest.raises(RuntimeError, match="closed"):
+            await later
+
+
+class Broken:
+    """A transport whose streams end with Unavailable after so many events, for a client with retries."""
+
+    def __init__(self, events: int) -> None:
+        self.events, self.calls = events, 0
+
+    def stream(self, call: Call) -> Iterator[Json]:
+        self.calls += 1
+        for _ in range(self.events):
+            yield {"delta": {"index": 0, "text": "a"}}
+        raise Unavailable("gone", retry_after_seconds=0.01)
+
+    def close(self) -> None: ...
+
+
+class AsyncBroken(Broken):
+    async def stream(self, call: Call) -> AsyncIterator[Json]:  # type: ignore[override]
+        for event in super().stream(call):
+            yield event
+
+    async def close(self) -> None: ...  # type: ignore[override]
+
+
+@pytest.mark.parametrize(("events", "calls"), [(0, 4), (1, 1), (3, 1)])
+async def test_a_stream_is_tried_again_only_before_its_first_piece(events: int, calls: int) -> None:
+    transport: Any = Broken(events)
+    with FlanClient("http://host", max_retries=3) as client:
+        client._transport = transport
+        pieces: list[TextDelta] = []
+        with pytest.raises(Unavailable):
+            pieces.extend(client.stream("x"))
+        assert (transport.calls, len(pieces)) == (calls, events)
+    transport = AsyncBroken(events)
+    async with AsyncFlanClient("http://host", max_retries=3) as twin:
+        twin._transport = transport
+        pieces = []
+        stream = twin.stream("x")
+        for _ in range(events):
+            pieces.append(await anext(stream))
+        with pytest.raises(Unavailable):
+            await anext(stream)
+        assert (transport.calls, len(pieces)) == (calls, events)
+
+
+@pytest.mark.parametrize("key", ["schlüssel", "two\nlines", "nul\0"])
+def test_a_key_that_cannot_be_sent(key: str) -> None:
     with pytest.raises(ValueError, match="ASCII"):
-        FlanClient("http://host", api_key="schlüssel")
+        FlanClient("http://host", api_key=key)

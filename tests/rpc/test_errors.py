@@ -13,8 +13,9 @@ import pytest
 from protos.flan.v1 import generation_pb2 as pb
 from serve import errors as kinds
 from serve.config import Settings
-from serve.errors import QueueFull, ServeError, Unavailable
+from serve.errors import EngineFailure, QueueFull, ServeError, Unavailable
 from serve.metrics import Metrics
+from serve.rest.errors import to_headers
 from serve.rpc.errors import CODES, to_message, to_trailers
 from serve.service import Service, ServiceSettings
 from tests.rpc.harness import served
@@ -232,6 +233,21 @@ def test_message_and_trailers_of_odd_errors() -> None:
     ((key, raw),) = to_trailers(Unavailable("x", retry_after_seconds=0.0))
     assert key == "grpc-status-details-bin"
     assert b"RetryInfo" in raw
+
+
+@pytest.mark.parametrize("error", [QueueFull("x"), Unavailable("x")], ids=["queue full", "unavailable"])
+async def test_a_refusal_that_does_not_say_when_says_so_as_rest_does(
+    error: ServeError, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def refuse(*_: object) -> None:
+        raise error
+
+    async with served() as s:
+        monkeypatch.setattr(s.service, "generate", refuse)
+        refused = await refusal(s.stub.Generate(pb.GenerateRequest(instruction="x")))
+        assert refused.retry_seconds == 1.0
+        assert dict(to_headers(error)) == {b"retry-after": b"1"}
+    assert b"RetryInfo" not in dict(to_trailers(EngineFailure("x")))["grpc-status-details-bin"]
 
 
 async def test_a_port_that_is_taken_is_an_os_error(capfd: pytest.CaptureFixture[str]) -> None:

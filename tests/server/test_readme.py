@@ -52,7 +52,7 @@ PYTHONS = blocks("python", "client")
 
 def test_the_readme_has_its_examples() -> None:
     assert len(CURLS) >= 5
-    assert len(PYTHONS) == 3
+    assert len(PYTHONS) == 5
 
 
 @pytest.mark.parametrize("command", CURLS, ids=range(len(CURLS)))
@@ -86,6 +86,7 @@ def test_each_python_example_prints_an_answer(demo: ServerProcess, program: str,
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip()
+    assert "failed" not in done.stdout
 
 
 TASKS: list[tuple[dict[str, Any], str]] = [
