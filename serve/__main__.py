@@ -15,7 +15,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from serve import checkpoint, config, telemetry
+from serve import checkpoint, config, telemetry, tracing
 from serve.config import ConfigError, Settings
 from serve.errors import CheckpointError
 from serve.exemplars import ExemplarError, load_sets
@@ -27,9 +27,13 @@ from serve.runtimes.base import HasMetrics, Runtime
 from serve.runtimes.runtime_args import Value, parse_runtime_args
 from serve.service import Service, ServiceSettings
 from serve.tokenizer import Tokenizer
+from serve.tracing import Tracing
 
 EXIT_CHECKPOINT, EXIT_CONFIG, EXIT_SECOND_SIGNAL = 1, 2, 130
 _STOP_SECONDS = 1.0  # for closing sockets and the engine, after the grace
+# For exporting the last traces: what is left of the grace, within these bounds, so that a collector that does not
+# answer holds up the exit no longer than it may.
+_LEAST_FLUSH_SECONDS, _MOST_FLUSH_SECONDS = 0.5, 5.0
 _log = logging.getLogger("flan.serve")
 
 
@@ -56,8 +60,9 @@ async def serve(settings: Settings) -> int:
     if problems:
         print("\n".join(f"flan-serve: {line}" for line in problems), file=sys.stderr)
         return EXIT_CONFIG
+    traces = tracing.start(os.environ)
     try:
-        service = make_service(settings)
+        service = make_service(settings, traces)
     except ExemplarError as error:
         print(f"flan-serve: --exemplars: {error}", file=sys.stderr)
         return EXIT_CONFIG
@@ -84,13 +89,17 @@ async def serve(settings: Settings) -> int:
         else:
             print(ready_line(settings, service, rest_port, rpc_port), flush=True)
             await stop_asked
+    clock = asyncio.get_running_loop().time
+    grace_ends = clock() + settings.shutdown_grace_seconds
     if code == 0:
         await drain(service, settings.shutdown_grace_seconds)
     await stop(service, rest, rpc, runtime)
+    if traces is not None:
+        await traces.stop(min(max(grace_ends - clock(), _LEAST_FLUSH_SECONDS), _MOST_FLUSH_SECONDS))
     return code
 
 
-def make_service(settings: Settings) -> Service:
+def make_service(settings: Settings, traces: Tracing | None) -> Service:
     exemplar_sets = {} if settings.exemplars_dir is None else load_sets(Path(settings.exemplars_dir))
     names = settings.served_model_names
     return Service(
@@ -104,7 +113,7 @@ def make_service(settings: Settings) -> Service:
             request_timeout_seconds=settings.request_timeout_seconds,
             exemplar_sets=exemplar_sets,
         ),
-        Metrics(on_request_end=telemetry.log_request),
+        Metrics(on_request_end=telemetry.on_request_end(traces)),
     )
 
 

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 ENV_PREFIX = "FLAN_SERVE_"
+HIDDEN = "***"  # what stands for a key where settings are shown
 _TRUE, _FALSE = ("1", "true", "yes", "on"), ("0", "false", "no", "off")
 
 
@@ -29,7 +30,8 @@ class ConfigError(Exception):
 
 
 def _option(default: Any, help: str, **spec: Any) -> Any:
-    """A field with its option's description. `spec`: option (name), choices, low, high, metavar."""
+    """A field with its option's description. `spec`: option (name), choices, low, high, metavar,
+    secret (its value is never shown)."""
     return field(default=default, metadata={"help": help, **spec})
 
 
@@ -45,7 +47,7 @@ class Settings:
     runtime_args: tuple[str, ...] = _option(
         (),
         "an argument of the vllm runtime, as key=value (tensor_parallel_size, quantization, max_model_len, "
-        "gpu_memory_utilization, enforce_eager, ...); repeatable",
+        "gpu_memory_utilization, enforce_eager, ...); repeatable (default: vLLM's own)",
         option="runtime-arg",
         metavar="KEY=VALUE",
     )
@@ -67,28 +69,52 @@ class Settings:
     encode_tokens_per_step: int = _option(
         512, "most prompt tokens encoded between two decode steps (one longer prompt still goes alone)", low=1
     )
-    shutdown_grace_seconds: float = _option(30.0, "seconds that running requests get to finish after SIGTERM", low=0)
-    request_timeout_seconds: float = _option(0.0, "deadline of a request, in seconds; 0 = none", low=0)
-    keepalive_seconds: float = _option(15.0, "seconds of silence before a keep-alive comment on a stream", low=0.05)
-    api_keys: tuple[str, ...] = _option(
-        (), "a key that clients must send as a bearer token; repeatable (default: no key needed)", option="api-key"
+    shutdown_grace_seconds: float = _option(
+        30.0, "time that running requests get to finish after SIGTERM, in seconds", low=0
     )
-    tls_cert: str | None = _option(None, "PEM file with the server's certificate chain", metavar="FILE", file=True)
-    tls_key: str | None = _option(None, "PEM file with the certificate's private key", metavar="FILE", file=True)
+    request_timeout_seconds: float = _option(0.0, "deadline of a request, in seconds; 0 = none", low=0)
+    keepalive_seconds: float = _option(
+        15.0, "silence before a keep-alive comment on a REST stream, in seconds", low=0.05
+    )
+    api_keys: tuple[str, ...] = _option(
+        (),
+        "a key that clients must send as a bearer token; repeatable (default: no key needed)",
+        option="api-key",
+        metavar="KEY",
+        secret=True,
+    )
+    tls_cert: str | None = _option(
+        None, "PEM file with the server's certificate chain (default: no TLS)", metavar="FILE", file=True
+    )
+    tls_key: str | None = _option(
+        None, "PEM file with the certificate's private key (default: no TLS)", metavar="FILE", file=True
+    )
     tls_client_ca: str | None = _option(
-        None, "PEM file of the authority whose client certificates are demanded", metavar="FILE", file=True
+        None,
+        "PEM file of the authority whose client certificates are demanded, on both ports (default: none is demanded)",
+        metavar="FILE",
+        file=True,
     )
     max_body_mib: float = _option(
         8.0, "largest request body or message, in MiB, on both protocols", low=0.01, metavar="MIB"
     )
     cors_origins: tuple[str, ...] = _option(
-        (), "a browser origin that may call the server; repeatable (default: none)", option="cors-origin"
+        (),
+        "a browser origin that may call the server, or *; repeatable (default: none)",
+        option="cors-origin",
+        metavar="ORIGIN",
     )
     ui: bool = _option(True, "serve the playground page at /")
     exemplars_dir: str | None = _option(
-        None, "folder of exemplar sets, one JSON or JSONL file a set", option="exemplars", metavar="DIR", folder=True
+        None,
+        "folder of exemplar sets, one JSON or JSONL file a set (default: none)",
+        option="exemplars",
+        metavar="DIR",
+        folder=True,
     )
-    log_format: str = _option("auto", "auto = text on a terminal, else json", choices=("auto", "json", "text"))
+    log_format: str = _option(
+        "auto", "form of the log lines; auto = text on a terminal, else json", choices=("auto", "json", "text")
+    )
     trust_checkpoint: bool = _option(False, "allow pickled weights and remote code; only for checkpoints you trust")
 
     def describe(self) -> str:
@@ -96,8 +122,8 @@ class Settings:
         lines = []
         for spec in fields(self):
             value = getattr(self, spec.name)
-            if spec.name == "api_keys":
-                value = ["***" for _ in value]
+            if spec.metadata.get("secret"):
+                value = [HIDDEN for _ in value]
             if value is not None:
                 shown = list(value) if isinstance(value, tuple) else value
                 lines.append(f"{option_name(spec)} = {json.dumps(shown)}")
@@ -150,6 +176,8 @@ def load(argv: Sequence[str], environ: Mapping[str, str] | None = None) -> Comma
 
 
 def _check_together(settings: Settings, given: Mapping[str, Any], errors: list[str]) -> None:
+    if HIDDEN in settings.api_keys:
+        errors.append(f"--api-key: {HIDDEN} is what --print-config shows instead of a key; give the key itself")
     if (settings.tls_cert is None) != (settings.tls_key is None):
         errors.append("--tls-cert and --tls-key go together: give both or neither")
     if settings.tls_client_ca is not None and settings.tls_cert is None:
@@ -175,7 +203,8 @@ def _parser() -> _CollectingParser:
         prog="flan-serve",
         description="Serve a Flan checkpoint over REST and gRPC.",
         epilog="Each option is also an environment variable FLAN_SERVE_<NAME> (lists: comma-separated) and a key of "
-        "the TOML file given by --config. Precedence: flag > environment > file > default.",
+        "the TOML file given by --config. Precedence: flag > environment > file > default. Traces are configured by "
+        "OpenTelemetry's OTEL_* variables.",
         allow_abbrev=False,
     )
     for spec in fields(Settings):
@@ -213,11 +242,13 @@ def _read_flags(argv: Sequence[str], errors: list[str]) -> tuple[dict[str, Any],
         errors.extend(error.errors)
         return {}, None, False
     known = [option_name(spec) for spec in fields(Settings)] + ["config", "print-config", "help"]
+    is_value = False  # of an unknown option, which may be a mistyped --api-key: not to be shown
     for word in unknown:
         if word.startswith("-"):
             errors.append(f"unknown option {word.split('=')[0]}{_nearest(word.lstrip('-').split('=')[0], known, '--')}")
-        else:
+        elif not is_value:
             errors.append(f"unexpected argument {word!r}")
+        is_value = word.startswith("-") and "=" not in word
     values = {key.replace("_", "-"): value for key, value in vars(parsed).items()}
     config_path, print_config = values.pop("config"), values.pop("print-config")
     return values, config_path, print_config
@@ -269,7 +300,7 @@ def _parse(spec: Field[Any], raw: Any, origin: str, errors: list[str]) -> Any:
     try:
         value = _convert(spec.default, raw)
     except ValueError as error:
-        errors.append(f"{origin}: {error}")
+        errors.append(f"{origin}: must be a list of strings" if spec.metadata.get("secret") else f"{origin}: {error}")
         return spec.default
     low, high, choices = (spec.metadata.get(key) for key in ("low", "high", "choices"))
     if choices is not None and value not in choices:

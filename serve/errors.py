@@ -2,6 +2,7 @@
 
     ServeError
     ├── InvalidRequest      the request says something the contract does not allow
+    │   ├── UnknownField    a field that there is not, or that is there twice
     │   └── TooLarge        the body or message is larger than the server takes
     ├── Unauthorized        a key is needed and none, or a wrong one, was given
     ├── NotFound            unknown model, route or method
@@ -45,6 +46,10 @@ class ServeError(Exception):
 class InvalidRequest(ServeError):
     kind = "invalid"
     outcome = "invalid"
+
+
+class UnknownField(InvalidRequest):
+    """Its `field` is the client's word, which may be anything: answers say it, logs and traces do not."""
 
 
 class TooLarge(InvalidRequest):

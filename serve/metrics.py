@@ -6,12 +6,7 @@ Counters and histograms are told what happened (`RequestTracker`, `observe_step`
 
 from __future__ import annotations
 
-import asyncio
-import time
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
-from enum import StrEnum
-from types import TracebackType
 from typing import Protocol as TypingProtocol
 
 from prometheus_client import (
@@ -25,10 +20,10 @@ from prometheus_client import (
 from prometheus_client.core import GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from serve.errors import ServeError
-from serve.output import FinishReason
-from serve.request import Mode
+from serve.request_tracker import NO_MODE, Outcome, Protocol, RequestRecord, RequestTracker, Route, outcome_of
 from serve.runtimes.base import StepStats
+
+__all__ = ["NO_MODE", "Metrics", "Outcome", "Protocol", "RequestRecord", "RequestTracker", "Route", "outcome_of"]
 
 # A Flan-T5 request often ends within tens of milliseconds and a step can take less than one, so the grids are fine
 # at the low end: inter-token latency from 0.5 ms, the others from 1 ms.
@@ -42,35 +37,6 @@ _TOKEN_SECONDS = (
 )
 _BATCH_TOKENS = (1, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384)
 _BATCH_SEQUENCES = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256, 512)
-NO_MODE = "none"  # the `mode` label of a request that has none (tokenize) or was refused before it was read
-
-
-class Protocol(StrEnum):
-    REST = "rest"
-    GRPC = "grpc"
-
-
-class Route(StrEnum):
-    GENERATE = "generate"
-    GENERATE_MANY = "generate_many"
-    SCORE = "score"
-    TOKENIZE = "tokenize"
-    COMPLETIONS = "completions"
-    CHAT = "chat"
-    TGI = "tgi"
-
-
-class Outcome(StrEnum):
-    """How a request ended; exactly one is counted for each."""
-
-    STOP = "stop"
-    LENGTH = "length"
-    CANCELLED = "cancelled"
-    INVALID = "invalid"
-    UNAUTHORIZED = "unauthorized"
-    REFUSED = "refused"
-    DEADLINE = "deadline"
-    ERROR = "error"
 
 
 class LoadSource(TypingProtocol):
@@ -84,104 +50,6 @@ class LoadSource(TypingProtocol):
     def sequences_running(self) -> int: ...
     @property
     def engine_up(self) -> bool: ...
-
-
-@dataclass(frozen=True, slots=True)
-class RequestRecord:
-    """A finished request, as logs tell it. Never holds a prompt, an output or a key. Times in milliseconds."""
-
-    protocol: Protocol
-    route: Route
-    mode: str
-    outcome: Outcome
-    total_ms: float
-    request_id: str | None = None
-    error: str | None = None  # the kind, e.g. "queue_full"
-    field: str | None = None  # the request field at fault
-    detail: str | None = None  # our own message, for engine failures only: no other may quote the client
-    queue_ms: float | None = None
-    first_token_ms: float | None = None
-    prompt_tokens: int = 0
-    completion_tokens: int = 0
-
-
-class RequestTracker:
-    """Follows one request from its arrival to its one outcome; whoever sets an outcome first decides it.
-
-    As a context manager: leaving with an exception calls `fail`, leaving without an outcome counts as `stop`.
-    Streams do not use `with`: their tracker ends with the response stream.
-    """
-
-    def __init__(self, metrics: Metrics, protocol: Protocol, route: Route) -> None:
-        self._metrics = metrics
-        self.protocol = protocol
-        self.route = route
-        self.started = time.monotonic()
-        self.mode: Mode | None = None
-        self.request_id: str | None = None
-        self.outcome: Outcome | None = None
-        self.queue_seconds: float | None = None
-        self.first_token_seconds: float | None = None
-        self.prompt_tokens = 0
-        self.completion_tokens = 0
-
-    def elapsed(self) -> float:
-        """Seconds since arrival."""
-        return time.monotonic() - self.started
-
-    def fail(self, error: BaseException) -> None:
-        """The request ended with an error; idempotent."""
-        if isinstance(error, ServeError):
-            # An EngineFailure's message is ours; others may quote what the client sent.
-            detail = error.message if error.outcome == Outcome.ERROR else None
-            self._end(Outcome(error.outcome), error.kind, error.field, detail)
-        elif isinstance(error, asyncio.CancelledError | GeneratorExit):
-            self._end(Outcome.CANCELLED, "cancelled")
-        else:
-            self._end(Outcome.ERROR, "internal", detail=type(error).__name__)
-
-    def finish(self, outcome: str) -> None:
-        """The request ended; idempotent.
-
-        Raises:
-            ValueError: no such outcome.
-        """
-        self._end(Outcome(outcome))
-
-    def __enter__(self) -> RequestTracker:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        if error is not None:
-            self.fail(error)
-        else:
-            self.finish(Outcome.STOP)
-
-    def _end(
-        self, outcome: Outcome, error: str | None = None, field: str | None = None, detail: str | None = None
-    ) -> None:
-        if self.outcome is not None:
-            return
-        self.outcome = outcome
-        seconds = self.elapsed()
-        record = RequestRecord(
-            protocol=self.protocol,
-            route=self.route,
-            mode=NO_MODE if self.mode is None else self.mode.value,
-            outcome=outcome,
-            total_ms=seconds * 1000,
-            request_id=self.request_id,
-            error=error,
-            field=field,
-            detail=detail,
-            queue_ms=_to_ms(self.queue_seconds),
-            first_token_ms=_to_ms(self.first_token_seconds),
-            prompt_tokens=self.prompt_tokens,
-            completion_tokens=self.completion_tokens,
-        )
-        self._metrics.record(record)
 
 
 class Metrics:
@@ -236,7 +104,7 @@ class Metrics:
 
     def track(self, protocol: Protocol, route: Route) -> RequestTracker:
         """Begin to follow a request; its arrival is now."""
-        return RequestTracker(self, protocol, route)
+        return RequestTracker(self.record, protocol, route)
 
     def record(self, record: RequestRecord) -> None:
         """Count a finished request (called by its tracker, once)."""
@@ -330,20 +198,3 @@ class _LoadGauges(Collector):
         yield GaugeMetricFamily("vllm:num_requests_waiting", "Alias of flan_requests_waiting.", waiting)
         fullest = max((ratio for _, ratio in usage), default=0.0)
         yield GaugeMetricFamily("vllm:kv_cache_usage_perc", "Fullest pool of flan_cache_usage_ratio.", fullest)
-
-
-def outcome_of(reasons: Iterable[FinishReason]) -> Outcome:
-    """The outcome of a request whose sequences ended so: the worst one decides.
-
-    >>> outcome_of([FinishReason.STOP, FinishReason.LENGTH]).value
-    'length'
-    """
-    seen = set(reasons)
-    for reason in (FinishReason.ERROR, FinishReason.CANCELLED, FinishReason.LENGTH):
-        if reason in seen:
-            return Outcome(reason.value)
-    return Outcome.STOP
-
-
-def _to_ms(seconds: float | None) -> float | None:
-    return None if seconds is None else seconds * 1000

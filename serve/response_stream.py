@@ -245,6 +245,7 @@ class ResponseStream:
         if len(errors) == len(self._outputs):
             raise EngineFailure(errors[0] if errors[0] is not None else "generation failed")
         outputs = tuple(output.to_output() for output in self._outputs)
+        self._tracker.facts.finish_reasons = tuple(output.finish_reason.value for output in outputs)
         self._tracker.finish(outcome_of(output.finish_reason for output in outputs))
         self._completion = self._fold(outputs)
         self._end(None)

@@ -126,7 +126,9 @@ class Service:
                     lambda: prepare(request, loaded.prepare, _request_id(tracker), timeout),
                 )
                 _check_time(timeout, tracker)
+                tracker.facts.take(prepared)
                 ticket.join(prepared.num_sequences)
+                tracker.facts.accepted = True
                 stream = ResponseStream(
                     prepared,
                     loaded.stream,
@@ -171,6 +173,7 @@ class Service:
                 )
                 _check_time(timeout, tracker)
                 ticket.join(1)
+                tracker.facts.accepted = True
                 call = ScoreCall(prepared, loaded.stream, ticket, tracker, on_end=self._running.discard)
                 self._running.add(call)
                 scores = await call.run()
@@ -188,7 +191,7 @@ class Service:
         """
         try:
             self.admission.check()
-            self._check_model(model)
+            self._check_model(model, tracker)
             check_text("text", text)
             tokenizer = self._need_loaded().prepare.tokenizer
             ids = await self._in_thread(
@@ -294,14 +297,16 @@ class Service:
         tracker.request_id = made if request.request_id is None else request.request_id
         self._look_at_engine()
         self.admission.check()
-        self._check_model(request.model)
+        self._check_model(request.model, tracker)
         return self._need_loaded()
 
-    def _check_model(self, name: str | None) -> None:
+    def _check_model(self, name: str | None, tracker: RequestTracker) -> None:
+        own_name = self.settings.served_model_names[0]
         names = (*self.settings.served_model_names, *ALWAYS_ACCEPTED_MODELS)
         if name is not None and name not in names:
             served = ", ".join(self.settings.served_model_names)
             raise NotFound(f"no model has the name {name[:100]!r}; this server has {served}", field="model")
+        tracker.facts.served_model, tracker.facts.requested_model = own_name, own_name if name is None else name
 
     def _need_loaded(self) -> _Loaded:
         if self._loaded is None:

@@ -108,5 +108,54 @@ def test_printed_config_reads_back_and_hides_keys(tmp_path: Path) -> None:
     assert again == s
 
 
+def test_a_printed_config_gives_no_key_that_can_be_guessed(tmp_path: Path) -> None:
+    file = tmp_path / "printed.toml"
+    file.write_text(settings("--api-key", "geheim").describe())
+    with pytest.raises(ConfigError, match=re.escape("--api-key: *** is what --print-config shows")):
+        settings("--config", str(file))
+
+
+@pytest.mark.parametrize(
+    ("argv", "file", "env"),
+    [
+        (["--api-keyy", "geheim"], "", {}),
+        (["--api-keyy=geheim"], "", {}),
+        ([], 'api-key = [1, "geheim"]', {}),
+        ([], 'api_keys = ["geheim"]', {}),
+        ([], 'api-key = {name = "geheim"}', {}),
+        ([], "", {"FLAN_SERVE_API_KEYS": "geheim"}),
+    ],
+)
+def test_a_mistake_about_a_key_does_not_show_it(
+    argv: list[str], file: str, env: dict[str, str], tmp_path: Path
+) -> None:
+    path = tmp_path / "serve.toml"
+    path.write_text(file)
+    with pytest.raises(ConfigError) as caught:
+        settings("--config", str(path), *argv, env=env)
+    assert "api" in str(caught.value).lower()
+    assert "geheim" not in str(caught.value)
+
+
+def test_help_gives_each_option_its_meaning_unit_and_default(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        load(["--help"], {})
+    assert caught.value.code == 0
+    text = capsys.readouterr().out
+    blocks = [" ".join(block.split()) for block in re.split(r"\n(?=  -)|\n\n", text)]  # unwrapped
+    told = {block.split()[0].rstrip(","): block for block in blocks if block.startswith("--")}
+    for spec in fields(Settings):
+        line = told[f"--{option_name(spec)}"]
+        assert spec.metadata["help"] in line
+        assert re.search(r"\(default: .+\)$", line), line
+        if isinstance(spec.default, float):
+            assert "SECONDS" in line or "MiB" in line
+            assert "in seconds" in line or "in MiB" in line
+        for unit in ("tokens", "sequences", "requests"):
+            assert unit not in spec.name or unit.rstrip("s") in spec.metadata["help"]
+    for word in ("FLAN_SERVE_<NAME>", "--config", "flag > environment > file > default", "OTEL_"):
+        assert word in " ".join(text.split())
+
+
 def test_print_config_is_asked_for() -> None:
     assert load(["--print-config"], {}).print_config is True

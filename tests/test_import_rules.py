@@ -13,7 +13,7 @@ PACKAGES = ("serve", "finetune", "protos", "loadtests", "docs")
 DOMAIN = ("serve.errors", "serve.request", "serve.sampling_params", "serve.output")
 WIRE = ("fastapi", "starlette", "uvicorn", "grpc", "grpc_health", "grpc_reflection", "google", "httpx", "protos")
 MODELS = ("torch", "transformers", "tokenizers", "safetensors", "vllm", "triton")
-THIRD_PARTY = (*WIRE, *MODELS, "numpy", "prometheus_client", "pydantic", "huggingface_hub")
+THIRD_PARTY = (*WIRE, *MODELS, "numpy", "prometheus_client", "pydantic", "huggingface_hub", "opentelemetry")
 
 
 @dataclass(frozen=True)
@@ -34,8 +34,10 @@ RULES = (
     Rule("serve.tokenizer", (*DOMAIN, "serve.detokenizer", "serve.chat_template"), ("tokenizers", "transformers")),
     Rule("serve.detokenizer", DOMAIN),
     Rule("serve.chat_template", DOMAIN, ("transformers",)),
-    Rule("serve.metrics", (*DOMAIN, "serve.runtimes.base"), ("prometheus_client",)),
-    Rule("serve.telemetry", (*DOMAIN, "serve.metrics")),
+    Rule("serve.request_tracker", DOMAIN),
+    Rule("serve.metrics", (*DOMAIN, "serve.request_tracker", "serve.runtimes.base"), ("prometheus_client",)),
+    Rule("serve.telemetry", (*DOMAIN, "serve.request_tracker", "serve.tracing")),
+    Rule("serve.tracing", (*DOMAIN, "serve.request_tracker"), ("opentelemetry",)),
     Rule("serve.engine", (*DOMAIN, "serve.config", "serve.engine"), ("torch", "safetensors", "numpy", "triton")),
     Rule("serve.runtimes", (*DOMAIN, "serve.runtimes")),
     Rule("serve.runtimes.torch_runtime", (*DOMAIN, "serve.runtimes", "serve.engine"), ("torch",)),
@@ -57,6 +59,7 @@ RULES = (
                 "serve.tokenizer",
                 "serve.detokenizer",
                 "serve.metrics",
+                "serve.request_tracker",
                 "serve.telemetry",
                 "serve.runtimes.base",
                 "serve.prepare",
@@ -91,6 +94,7 @@ RULES = (
             "serve.api_keys",
             "serve.config",
             "serve.metrics",
+            "serve.request_tracker",
             "serve.service",
             "serve.admission",
             "serve.telemetry",
@@ -105,6 +109,7 @@ RULES = (
             "serve.api_keys",
             "serve.config",
             "serve.metrics",
+            "serve.request_tracker",
             "serve.service",
             "serve.admission",
             "serve.telemetry",

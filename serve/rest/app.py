@@ -19,7 +19,7 @@ from serve.rest.call import Call
 from serve.rest.endpoint import ByMethod, Endpoint, Handler, TrackedHandler, tracked
 from serve.rest.handlers import Handlers
 from serve.rest.json_text import dump, dump_ascii, shown
-from serve.rest.middleware import Cors, Keys, RequestIds
+from serve.rest.middleware import Cors, Keys, RequestIds, UnreadBodies
 from serve.rest.openai_handlers import OpenAIHandlers
 from serve.rest.schema import openapi_document
 from serve.rest.tgi import Answer
@@ -75,6 +75,7 @@ def create_app(service: Service, *, settings: Settings) -> FastAPI:
     if settings.cors_origins:
         app.add_middleware(Cors, origins=settings.cors_origins)
     app.add_middleware(RequestIds)
+    app.add_middleware(UnreadBodies)
     return app
 
 

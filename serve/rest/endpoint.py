@@ -12,6 +12,7 @@ from starlette.types import Receive, Scope, Send
 from serve.config import Settings
 from serve.errors import EngineFailure, ServeError, Unavailable
 from serve.metrics import Metrics, Protocol, RequestTracker, Route
+from serve.request_tracker import trace_parent
 from serve.rest import errors
 from serve.rest.call import Call
 
@@ -63,6 +64,7 @@ def tracked(route: Route, metrics: Metrics, handler: TrackedHandler) -> Handler:
     async def handle(call: Call) -> None:
         with metrics.track(Protocol.REST, route) as tracker:
             tracker.request_id = call.request_id.value
+            tracker.facts.parent = trace_parent(call.headers.get)
             await handler(call, tracker)
 
     return handle

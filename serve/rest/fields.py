@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NoReturn, Protocol
 
-from serve.errors import InvalidRequest
+from serve.errors import InvalidRequest, UnknownField
 from serve.rest.json_text import Json, shown, to_param, type_name
 from serve.sampling_params import INT64_MAX, INT64_MIN
 
@@ -57,7 +57,7 @@ def parse(table: Table, body: Json, *, ignore_unknown: bool = False) -> Json:
     if not ignore_unknown:
         for name in body:
             if name not in table:
-                raise InvalidRequest(f"unknown field {shown(name)}{nearest(name, table)}", field=to_param(name))
+                raise UnknownField(f"unknown field {shown(name)}{nearest(name, table)}", field=to_param(name))
     values = {}
     for name, field in table.items():
         value = body.get(name)

@@ -6,7 +6,7 @@ import json
 from collections.abc import Iterable
 from typing import Any, NoReturn
 
-from serve.errors import InvalidRequest
+from serve.errors import InvalidRequest, UnknownField
 
 Json = dict[str, Any]
 
@@ -90,7 +90,7 @@ def shown(name: str) -> str:
 
 
 def to_param(name: str) -> str | None:
-    """A client's word as an error's field, which logs carry too: short, and none with odd characters."""
+    """A client's word as an error's field: short, and none with odd characters."""
     return name[:_SHOWN_NAME_CHARACTERS] if name.isprintable() else None
 
 
@@ -116,7 +116,7 @@ def _unique(pairs: list[tuple[str, Any]]) -> Json:
         seen: set[str] = set()
         for name, _ in pairs:
             if name in seen:
-                raise InvalidRequest(f"the body has {shown(name)} twice", field=to_param(name))
+                raise UnknownField(f"the body has {shown(name)} twice", field=to_param(name))
             seen.add(name)
     return value
 

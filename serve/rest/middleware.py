@@ -1,10 +1,12 @@
-"""What holds on every route, outermost first: RequestIds, Cors, Keys.
+"""What holds on every route, outermost first: UnreadBodies, RequestIds, Cors, Keys.
 
 Plain ASGI, so that a handler hears of its client's leaving.
 """
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import logging
 from collections.abc import Iterable, Mapping
 
@@ -14,6 +16,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from serve.api_keys import ApiKeys
 from serve.errors import EngineFailure, Unauthorized
 from serve.metrics import Metrics, Protocol, Route
+from serve.request_tracker import trace_parent
 from serve.rest import errors, playground
 from serve.rest.request_id import HEADER, RequestId
 from serve.rest.respond import refuse
@@ -24,6 +27,7 @@ OPEN_PATHS = frozenset({"/livez", "/readyz", "/health", "/metrics"})
 _PAGE_METHODS = ("GET", "HEAD")  # POST / is a request
 _EXPOSED_HEADERS = f"{HEADER}, retry-after"
 _CORS_MAX_AGE_SECONDS = 600
+_UNREAD_SECONDS = 2.0  # how long a client may go on sending a body that was refused
 
 
 class RequestIds:
@@ -56,6 +60,50 @@ class RequestIds:
             if has_begun:
                 raise
             await refuse(send_named, EngineFailure("internal error"))
+
+
+class UnreadBodies:
+    """Reads to its end what a refused client still sends, where the connection closes after the response.
+
+    A socket that is closed with bytes unread is reset, and the client may never see why it was refused. On a connection
+    that stays open uvicorn reads them by itself.
+    """
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http" or not _closes(scope):
+            await self._app(scope, receive, send)
+            return
+        is_read = False
+
+        async def receive_noted() -> Message:
+            nonlocal is_read
+            message = await receive()
+            is_read = is_read or not message.get("more_body", False)
+            return message
+
+        async def send_and_read(message: Message) -> None:
+            is_last = message["type"] == "http.response.body" and not message.get("more_body", False)
+            if not is_last or is_read:
+                await send(message)
+                return
+            await send({**message, "more_body": True})
+            # Cancelled: the server exits.
+            with contextlib.suppress(TimeoutError, asyncio.CancelledError):
+                async with asyncio.timeout(_UNREAD_SECONDS):
+                    while not is_read:
+                        await receive_noted()
+            await send({"type": "http.response.body", "body": b"", "more_body": False})
+
+        await self._app(scope, receive_noted, send_and_read)
+
+
+def _closes(scope: Scope) -> bool:
+    """Whether the client asked to close the connection after this request."""
+    asked = Headers(scope=scope).get("connection", "").lower()
+    return "close" in asked or (scope["http_version"] == "1.0" and "keep-alive" not in asked)
 
 
 class Cors:
@@ -125,6 +173,7 @@ class Keys:
         if route is not None:
             tracker = self._metrics.track(Protocol.REST, route)
             tracker.request_id = RequestId.of(scope).value
+            tracker.facts.parent = trace_parent(Headers(scope=scope).get)
             tracker.fail(error)
         await refuse(send, error, to_body=errors.to_tgi_body if route is Route.TGI else errors.to_body)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Iterable, Mapping
+from functools import partial
 from typing import Any
 
 import grpc
@@ -10,6 +11,8 @@ import grpc
 from serve.api_keys import ApiKeys
 from serve.errors import Unauthorized
 from serve.metrics import Metrics, Protocol, Route
+from serve.request_tracker import trace_parent
+from serve.rpc.call import REQUEST_ID_KEY, first_values, request_id_of
 from serve.rpc.errors import abort
 
 HEALTH_PREFIX = "/grpc.health.v1.Health/"
@@ -36,15 +39,24 @@ class KeyInterceptor(grpc.aio.ServerInterceptor):
         method = handler_call_details.method
         if method.startswith(HEALTH_PREFIX) or self._accepts(handler_call_details.invocation_metadata):
             return await continuation(handler_call_details)
+        metadata = first_values(handler_call_details.invocation_metadata)
+        request_id, _ = request_id_of(metadata)
         if method in self._routes:
-            self._metrics.track(Protocol.GRPC, self._routes[method]).finish(Unauthorized.outcome)
-        return grpc.stream_stream_rpc_method_handler(_refuse)
+            tracker = self._metrics.track(Protocol.GRPC, self._routes[method])
+            tracker.request_id, tracker.facts.parent = request_id, trace_parent(metadata.get)
+            tracker.fail(_unauthorized())
+        return grpc.stream_stream_rpc_method_handler(partial(_refuse, request_id))
 
     def _accepts(self, metadata: Iterable[tuple[str, str | bytes]]) -> bool:
         given = next((value for key, value in metadata if key == "authorization"), "")
         return self._keys.accept(given if isinstance(given, bytes) else given.encode())
 
 
-async def _refuse(_: object, context: grpc.aio.ServicerContext[bytes, bytes]) -> None:
+async def _refuse(request_id: str, _: object, context: grpc.aio.ServicerContext[bytes, bytes]) -> None:
     # A stream handler ends the call before any message is read, and fits every kind of method.
-    await abort(context, Unauthorized("a valid API key is needed: metadata authorization: Bearer KEY"))
+    await context.send_initial_metadata(((REQUEST_ID_KEY, request_id),))
+    await abort(context, _unauthorized())
+
+
+def _unauthorized() -> Unauthorized:
+    return Unauthorized("a valid API key is needed: metadata authorization: Bearer KEY")

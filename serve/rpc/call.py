@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterable, Mapping
 from typing import NoReturn, TypeVar
 
 import grpc
@@ -10,6 +10,7 @@ from google.protobuf.message import Message
 
 from serve.errors import Cancelled, InvalidRequest, ServeError, TooLarge
 from serve.request import is_request_id, new_request_id
+from serve.request_tracker import trace_parent
 from serve.rpc import codec
 from serve.rpc.errors import abort
 
@@ -34,6 +35,10 @@ class Call:
         self._context = context
         self._max_message_bytes = max_message_bytes
         self._named = False
+        metadata = first_values(context.invocation_metadata() or ())
+        self.trace_parent = trace_parent(metadata.get)
+        # What it is called until the message has been read, and in the end where the message does not name it.
+        self.request_id, self._is_callers = request_id_of(metadata)
 
     async def read(self, message_class: type[M]) -> M:
         """The call's one message.
@@ -53,13 +58,11 @@ class Call:
         Raises:
             InvalidRequest: the message's id is not valid. (One in the metadata may be a proxy's and is passed over.)
         """
-        metadata = self._context.invocation_metadata() or ()
-        given = next((value for key, value in metadata if key == REQUEST_ID_KEY), None)
-        if not (isinstance(given, str) and is_request_id(given)):
-            given = check_request_id(in_message) if in_message else new_request_id()
+        if in_message and not self._is_callers:
+            self.request_id = check_request_id(in_message)
         self._named = True
-        await self._context.send_initial_metadata(((REQUEST_ID_KEY, given),))
-        return given
+        await self._context.send_initial_metadata(((REQUEST_ID_KEY, self.request_id),))
+        return self.request_id
 
     async def write(self, message: Message) -> None:
         """Send a message; returns when the transport has room for the next.
@@ -101,6 +104,17 @@ class Call:
     def _remaining_seconds(self) -> float | None:
         remaining: float | None = self._context.time_remaining()  # the stub says float
         return remaining
+
+
+def first_values(metadata: Iterable[tuple[str, str | bytes]]) -> dict[str, str | bytes]:
+    """A call's metadata by key; of several values the first."""
+    return dict(reversed(tuple(metadata)))
+
+
+def request_id_of(metadata: Mapping[str, str | bytes]) -> tuple[str, bool]:
+    """A call's id by its metadata, and whether the client gave it; one that is not valid is passed over."""
+    given = metadata.get(REQUEST_ID_KEY)
+    return (given, True) if isinstance(given, str) and is_request_id(given) else (new_request_id(), False)
 
 
 def check_request_id(text: str) -> str:

@@ -77,9 +77,11 @@ class ManyRequests:
         request_id = ""
         try:
             with self._service.metrics.track(Protocol.GRPC, Route.GENERATE_MANY) as tracker:
+                tracker.request_id, tracker.facts.parent = self._call.request_id, self._call.trace_parent
                 message = codec.parse(pb.GenerateRequest, raw)
                 request_id = message.request_id
                 request_id = check_request_id(request_id) if request_id else new_request_id()
+                tracker.request_id = request_id
                 request = codec.to_request(message, request_id=request_id, timeout_seconds=self._call.timeout_seconds())
                 return request_id, await self._service.generate(request, tracker)
         except ServeError as error:

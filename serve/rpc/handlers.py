@@ -88,6 +88,7 @@ class FlanHandlers:
 
         async def handle(call: Call) -> None:
             with self._service.metrics.track(Protocol.GRPC, route) as tracker:
+                tracker.request_id, tracker.facts.parent = call.request_id, call.trace_parent
                 try:
                     await method(call, tracker)
                 except asyncio.CancelledError:  # how grpc tells that the client left, or that its time is up

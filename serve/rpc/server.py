@@ -24,6 +24,9 @@ _CHANNEL_OPTIONS = (
     # We ping too, so that a client that vanished without a word (a pulled cable) frees its slot.
     ("grpc.keepalive_time_ms", 30_000),
     ("grpc.keepalive_timeout_ms", 10_000),
+    # Without it an unanswered ping counts for a minute, whatever the line above says. Longer than that line, because a
+    # slow client's answer may stand behind what it sends.
+    ("grpc.http2.ping_timeout_ms", 20_000),
     ("grpc.http2.max_pings_without_data", 0),
     # A port that is taken is an error, not a second server that gets every other connection.
     ("grpc.so_reuseport", 0),

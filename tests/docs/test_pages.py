@@ -17,7 +17,6 @@ import pytest
 
 from docs import generate
 from protos.flan.v1 import generation_pb2 as pb
-from serve.client import FlanClient
 from serve.config import load
 from tests.docs.blocks import ROOT, Block, blocks_of, check_output
 from tests.server.process import ServerProcess
@@ -42,8 +41,6 @@ def missing_tool(block: Block) -> str | None:
         return f"no {first} on PATH"
     if "grpc.mjs" in block.body and not NODE_PACKAGES.exists():
         return "run `npm install` in docs/examples/node"
-    if "generate_many" in block.body and not hasattr(FlanClient, "generate_many"):
-        return "this tree's client has no generate_many"
     return None
 
 

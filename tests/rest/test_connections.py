@@ -130,6 +130,38 @@ async def test_a_refused_body_leaves_the_connection_usable() -> None:
             assert b"HTTP/1.1 200 OK" in answer, status
 
 
+@pytest.mark.parametrize(
+    ("path", "key", "status"), [("/v1/generate", "k", b"413"), ("/v1/generate", "", b"401"), ("/x", "k", b"404")]
+)
+@pytest.mark.parametrize("version", [b"HTTP/1.1\r\nConnection: close", b"HTTP/1.0"])
+async def test_a_refused_body_on_a_connection_that_closes_still_brings_the_reason(
+    path: str, key: str, status: bytes, version: bytes
+) -> None:
+    async with served("yes", settings=Settings(port=0, max_body_mib=0.1, api_keys=("k",))) as server:
+        post = http_post(path, b"x" * 6_000_000, f"Authorization: Bearer {key}").replace(b"HTTP/1.1", version, 1)
+        reader, writer = await asyncio.open_connection("127.0.0.1", server.port)
+        server.writers.append(writer)
+        writer.write(post[:200_000])
+        await asyncio.sleep(0.1)  # by now it was refused
+        writer.write(post[200_000:])
+        answer = await asyncio.wait_for(reader.read(), 5)  # no reset, and the end
+        assert answer.startswith(b"HTTP/1.1 " + status)
+        assert json.loads(answer.partition(b"\r\n\r\n")[2])["error"]["message"]
+        assert answer.count(b"HTTP/1.1") == 1
+        assert await server.outcomes() in ({}, {"invalid": 1}, {"unauthorized": 1})
+
+
+async def test_a_client_that_never_ends_its_refused_body_is_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("serve.rest.middleware._UNREAD_SECONDS", 0.2)
+    async with served("yes", settings=Settings(port=0, max_body_mib=0.1)) as server:
+        head = b"POST /v1/generate HTTP/1.1\r\nHost: x\r\nConnection: close\r\nContent-Length: 999999999\r\n\r\nx"
+        begun = time.monotonic()
+        answer = await server.raw(head, seconds=5)
+        assert answer.startswith(b"HTTP/1.1 413")
+        assert answer.endswith(b"<closed>")
+        assert 0.2 <= time.monotonic() - begun < 2
+
+
 async def test_leave_to_send_a_body_is_not_given_where_it_would_be_refused() -> None:
     async with served("yes", settings=Settings(port=0, max_body_mib=0.1)) as server:
         head = b"POST %s HTTP/1.1\r\nHost: x\r\nExpect: 100-continue\r\nContent-Length: %d\r\n\r\n"

@@ -10,7 +10,8 @@ import grpc
 import pytest
 
 from protos.flan.v1 import generation_pb2 as pb
-from tests.rpc.harness import served
+from serve.rpc.server import _CHANNEL_OPTIONS
+from tests.rpc.harness import served, until
 from tests.service.scripted_runtime import ScriptedRuntime
 
 DATA, HEADERS, SETTINGS, PING, GOAWAY = 0, 1, 4, 6, 7
@@ -25,6 +26,7 @@ class Http2:
     reader: asyncio.StreamReader
     writer: asyncio.StreamWriter
     frames: list[tuple[int, int, bytes]] = field(default_factory=list)  # (type, flags, payload)
+    answers_pings: bool = False
 
     def send(self, kind: int, flags: int = 0, stream: int = 0, payload: bytes = b"") -> None:
         self.writer.write(struct.pack(">I", len(payload))[1:] + struct.pack(">BBI", kind, flags, stream) + payload)
@@ -35,6 +37,8 @@ class Http2:
                 head = await self.reader.readexactly(9)
                 payload = await self.reader.readexactly(int.from_bytes(head[:3], "big"))
                 self.frames.append((head[3], head[4], payload))
+                if self.answers_pings and head[3] == PING and not head[4] & ACK:
+                    self.send(PING, ACK, payload=payload)
         except (asyncio.IncompleteReadError, ConnectionError):
             return
 
@@ -99,6 +103,36 @@ async def test_the_check_sees_a_goaway() -> None:
         assert any(kind == GOAWAY and b"too_many_pings" in payload for kind, _, payload in client.frames)
     finally:
         await server.stop(0)
+
+
+async def test_a_client_that_answers_no_ping_frees_its_slot(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As behind a pulled cable: nothing comes any more, not even an end."""
+    assert (
+        dict(_CHANNEL_OPTIONS)["grpc.keepalive_time_ms"] + dict(_CHANNEL_OPTIONS)["grpc.http2.ping_timeout_ms"]
+        <= 60_000
+    )
+    options = {**dict(_CHANNEL_OPTIONS), "grpc.keepalive_time_ms": 1000, "grpc.http2.ping_timeout_ms": 500}
+    monkeypatch.setattr("serve.rpc.server._CHANNEL_OPTIONS", tuple(options.items()))
+    runtime = ScriptedRuntime()
+    async with served(runtime=runtime) as s:
+        runtime.freeze()  # so that the server writes nothing, either
+        reader, writer = await asyncio.open_connection("127.0.0.1", s.port)
+        client = Http2(reader, writer, answers_pings=True)
+        writer.write(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n")
+        client.send(SETTINGS)
+        request = pb.GenerateRequest(instruction="x").SerializeToString()
+        client.send(HEADERS, END_HEADERS, 1, call_headers("/flan.v1.FlanService/Generate"))
+        client.send(DATA, END_STREAM, 1, b"\0" + struct.pack(">I", len(request)) + request)
+        receiving = asyncio.ensure_future(client.receive())
+        await until(lambda: len(runtime.requests) == 1)
+        await until(lambda: client.count(PING) >= 3)  # grpc measures with the first, the others keep alive
+        assert s.outcomes() == {}
+        client.answers_pings = False
+        await until(lambda: s.outcomes() == {"cancelled": 1})
+        assert any(kind == GOAWAY and b"ping_timeout" in payload for kind, _, payload in client.frames)
+        assert runtime.num_running == s.service.requests_running == s.service.requests_waiting == 0
+        receiving.cancel()
+        writer.transport.abort()
 
 
 @pytest.mark.parametrize("interval_ms", [100])

@@ -6,6 +6,7 @@ import json
 import signal
 import threading
 import time
+import tomllib
 from pathlib import Path
 
 import grpc
@@ -126,7 +127,11 @@ def test_a_missing_tensor_exits_1_and_is_named(tmp_path: Path) -> None:
 
 
 def test_print_config_prints_and_stops() -> None:
-    with ServerProcess("--print-config", wait=False) as server:
+    env = {"FLAN_SERVE_API_KEY": "geheim", "FLAN_SERVE_MAX_OUTPUT_TOKENS": "99"}
+    with ServerProcess("--print-config", "--keepalive-seconds", "2", env=env, wait=False) as server:
         code, _ = server.exit_code(30)
     assert code == 0
-    assert "max-input-tokens = 2048" in server.lines
+    printed = tomllib.loads("\n".join(server.lines))
+    assert (printed["max-input-tokens"], printed["max-output-tokens"], printed["keepalive-seconds"]) == (2048, 99, 2.0)
+    assert (printed["port"], printed["grpc-port"], printed["api-key"]) == (0, 0, ["***"])
+    assert "geheim" not in "\n".join(server.lines)
