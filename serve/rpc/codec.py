@@ -224,7 +224,7 @@ def _exemplars(messages: Iterable[pb.Exemplar]) -> Iterable[Exemplar]:
     for index, message in enumerate(messages):
         for name in ("input", "output"):
             if not message.HasField(name):
-                raise InvalidRequest(f"exemplars[{index}].{name} is required", field="exemplars")
+                raise InvalidRequest(f"exemplars[{index}]: {name} is required", field="exemplars")
         yield Exemplar(message.input, message.output, _said(message, "rationale"))
 
 

@@ -24,10 +24,11 @@ async def refusal(call: Awaitable[Any]) -> Refusal:
     """The status that the call ends with; fails when it succeeds."""
     with pytest.raises(grpc.aio.AioRpcError) as caught:
         await call
-    return _read(caught.value)
+    return read(caught.value)
 
 
-def _read(error: grpc.aio.AioRpcError) -> Refusal:
+def read(error: grpc.aio.AioRpcError) -> Refusal:
+    """What the status of a failed call says."""
     details = error.details()
     refused = Refusal(error.code(), "" if details is None else details)
     trailers = dict(error.trailing_metadata() or ())
