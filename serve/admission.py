@@ -248,7 +248,7 @@ class Admission:
 
     def _full(self) -> QueueFull:
         return QueueFull(
-            f"{self.max_queued_requests} requests are waiting already; try again later",
+            f"the queue is full: it holds {self.max_queued_requests} requests; try again later",
             retry_after_seconds=RETRY_QUEUE_SECONDS,
         )
 

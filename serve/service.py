@@ -253,6 +253,10 @@ class Service:
             return f"engine dead: {self._death[0]}"
         return None if self.admission.state is ServerState.READY else self.admission.state.value
 
+    @property
+    def is_draining(self) -> bool:
+        return self.admission.state is ServerState.DRAINING
+
     def liveness(self) -> str | None:
         """None when alive, also while loading and draining; says why once the engine has been dead for the grace."""
         self._look_at_engine()

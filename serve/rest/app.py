@@ -74,7 +74,7 @@ def create_app(service: Service, *, settings: Settings) -> FastAPI:
         app.add_middleware(Keys, keys=settings.api_keys, routes=routes, metrics=service.metrics)
     if settings.cors_origins:
         app.add_middleware(Cors, origins=settings.cors_origins)
-    app.add_middleware(RequestIds)
+    app.add_middleware(RequestIds, is_draining=lambda: service.is_draining)
     app.add_middleware(UnreadBodies)
     return app
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -31,10 +31,16 @@ _UNREAD_SECONDS = 2.0  # how long a client may go on sending a body that was ref
 
 
 class RequestIds:
-    """Names every response, and answers 500 where nobody else caught an error."""
+    """Names every response, and answers 500 where nobody else caught an error.
 
-    def __init__(self, app: ASGIApp) -> None:
+    Args:
+        is_draining: while it says so, every response closes its connection: what the client sends next then goes to
+            another server behind the same name, not to one that refuses it.
+    """
+
+    def __init__(self, app: ASGIApp, *, is_draining: Callable[[], bool]) -> None:
         self._app = app
+        self._is_draining = is_draining
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -48,8 +54,9 @@ class RequestIds:
             if message["type"] == "http.response.start":
                 has_begun = True
                 message["headers"] = [*message.get("headers", ()), (HEADER.encode(), request_id.value.encode())]
-                if message["status"] >= 400 and "expect" in Headers(scope=scope):
-                    # The client may or may not send the body it asked leave for, so what comes next is anybody's guess.
+                # A refused client may or may not send the body it asked leave for: what comes next is anybody's guess.
+                is_unclear = message["status"] >= 400 and "expect" in Headers(scope=scope)
+                if is_unclear or self._is_draining():
                     message["headers"].append((b"connection", b"close"))
             await send(message)
 

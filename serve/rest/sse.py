@@ -18,6 +18,9 @@ HEADERS: Headers = [
     (b"x-accel-buffering", b"no"),  # nginx would collect frames
 ]
 _KEEPALIVE = b": keepalive\n\n"
+# Stands before the first frame after a comment. Some clients (`vllm bench serve`) strip each chunk that they receive,
+# so the comment's own end is lost on them, and without this one they would take the frames behind it for its rest.
+_COMMENT_END = b":\n\n"
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,6 +56,7 @@ class EventStream:
         self._form = form
         self._keepalive_seconds = keepalive_seconds
         self._last_write = 0.0
+        self._is_in_comment = False
         self._keeper: asyncio.Task[None] | None = None
         self._is_over = False
 
@@ -68,7 +72,7 @@ class EventStream:
         self._stop_keeper()
 
     async def send(self, frame: Json) -> None:
-        await self._write(self._form.to_event(frame))
+        await self._write(self._behind_comment(self._form.to_event(frame)))
 
     async def end(self, frame: Json | None = None) -> None:
         """The last frame, if there is one, and the form's end."""
@@ -83,11 +87,15 @@ class EventStream:
     async def _finish(self, last: bytes) -> None:
         self._stop_keeper()
         self._is_over = True
-        await self._send({"type": "http.response.body", "body": last, "more_body": False})
+        await self._send({"type": "http.response.body", "body": self._behind_comment(last), "more_body": False})
 
     async def _write(self, data: bytes) -> None:
         self._last_write = asyncio.get_running_loop().time()
         await self._send({"type": "http.response.body", "body": data, "more_body": True})
+
+    def _behind_comment(self, data: bytes) -> bytes:
+        was_in_comment, self._is_in_comment = self._is_in_comment, False
+        return _COMMENT_END + data if was_in_comment and data else data
 
     async def _keep_alive(self) -> None:
         now = asyncio.get_running_loop().time
@@ -96,6 +104,7 @@ class EventStream:
             if silence < self._keepalive_seconds:
                 await asyncio.sleep(self._keepalive_seconds - silence)
             else:
+                self._is_in_comment = True
                 await self._write(_KEEPALIVE)
 
     def _stop_keeper(self) -> None:

@@ -7,12 +7,12 @@ from pathlib import Path
 
 import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
-from grpc_reflection.v1alpha import reflection
 
 from serve.config import Settings
 from serve.rpc.auth import KeyInterceptor
 from serve.rpc.handlers import ROUTES, SERVICE_NAME, FlanHandlers
 from serve.rpc.health import HealthServicer
+from serve.rpc.reflection import reflection_handlers
 from serve.service import Service
 
 # Each name is checked by a live test, because grpc ignores one that it does not know.
@@ -83,7 +83,7 @@ class RpcServer:
         )
         health_pb2_grpc.add_HealthServicer_to_server(HealthServicer(self._service.readiness, self._stopping), server)
         health_name = health_pb2.DESCRIPTOR.services_by_name["Health"].full_name
-        reflection.enable_server_reflection((SERVICE_NAME, health_name, reflection.SERVICE_NAME), server)
+        server.add_generic_rpc_handlers(reflection_handlers((SERVICE_NAME, health_name)))
         port = _listen(server, settings)
         await server.start()
         self._server = server

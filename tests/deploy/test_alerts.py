@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import copy
-import os
 import re
-import shutil
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -15,6 +13,7 @@ import yaml
 
 from serve.metrics import Metrics, Outcome
 from tests.deploy import manifests
+from tests.server.promtool import promtool
 
 UNIT_TESTS = Path(__file__).parent / "alerts_test.yaml"
 
@@ -26,14 +25,9 @@ def rules() -> list[dict[str, Any]]:
     return found
 
 
-@pytest.fixture(scope="module")
-def promtool() -> str:
-    found = shutil.which("promtool")
-    if found is None:
-        if os.environ.get("CI") == "true":
-            pytest.fail("promtool is missing: apt-get install prometheus")
-        pytest.skip("promtool is missing (apt-get install prometheus): the alerts are not tested")
-    return found
+@pytest.fixture(scope="module", name="promtool")
+def installed_promtool() -> str:
+    return promtool()
 
 
 def run(*command: str | Path) -> str:

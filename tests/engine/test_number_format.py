@@ -14,7 +14,7 @@ import torch
 from serve.checkpoint import DEMO_FOLDER
 from serve.engine import number_format
 from serve.engine.int8_linear import FbgemmLinear, Int8Linear, OneDnnLinear, vnni_available
-from serve.engine.layers import WeightFormat
+from serve.engine.layers import WeightFormat, make_linear
 from serve.engine.loading import load_model
 from serve.engine.model import T5Model
 from serve.engine.number_format import NumberFormat
@@ -54,6 +54,26 @@ def test_without_packed_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     assert NumberFormat.of("float16", "cpu") == NumberFormat("float16", torch.float16, "plain")
     with pytest.raises(ValueError, match=r"int8 is not supported on cpu here; use float32, bfloat16, float16$"):
         NumberFormat.of("int8", "cpu")
+
+
+def test_sums_beyond_float16_stay_finite_in_the_layer_that_has_them() -> None:
+    """T5's `wo`: multiplied in float32 inside a float16 model, and never stored as int8."""
+    weight = torch.full((4, 512), 1.0)
+    x = torch.full((2, 512), 300.0, dtype=torch.float16)  # 512 * 300 is more than float16 has
+    kept = make_linear(weight, device=CPU, dtype=torch.float16, few_rows=False, delicate=True)
+    assert kept(x).dtype is torch.float16
+    assert torch.equal(kept(x), torch.full((2, 4), torch.finfo(torch.float16).max, dtype=torch.float16))
+    plain = make_linear(weight, device=CPU, dtype=torch.float16, few_rows=False)
+    assert torch.isinf(plain(x)).all(), "else this layer would need no care"
+    if fbgemm_available():
+        formats: dict[str, bool] = {"wi_0": False, "wo": True}
+        made = {
+            name: make_linear(
+                weight, device=CPU, dtype=torch.float32, weights="int8", few_rows=False, delicate=delicate
+            )
+            for name, delicate in formats.items()
+        }
+        assert {name: type(layer) is Int8Linear for name, layer in made.items()} == {"wi_0": True, "wo": False}
 
 
 @needs_fbgemm

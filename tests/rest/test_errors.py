@@ -109,6 +109,8 @@ async def test_draining() -> None:
             response = await server.http.get(path)
             assert response.status_code == 503
             assert "draining" in error_of(response)["message"]
+        for path in ("/livez", "/metrics", "/v1/models", "/nope"):  # so clients connect anew, elsewhere
+            assert (await server.http.get(path)).headers["connection"] == "close"
         assert (await running)[-1] == "[DONE]"
         await drained
 

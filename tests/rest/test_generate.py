@@ -14,7 +14,7 @@ from serve.rest.request_fields import GENERATE_FIELDS
 from serve.service import ServiceSettings
 from tests.rest.harness import error_of, frames, http_post, served, text_of
 from tests.service.scripted_runtime import EOS, ScriptedRuntime, scripted_service
-from tests.service.toy_tokenizers import t5_like
+from tests.service.toy_tokenizers import byte_level, t5_like
 
 CHAIN = "one and two. The answer is 12."
 
@@ -111,6 +111,20 @@ async def test_chain_of_thought_and_votes() -> None:
         assert [output["answer"] for output in final["outputs"]] == ["12", "4", "12"]
 
 
+@pytest.mark.parametrize("exemplars", [[], [{"input": "1?", "output": "1", "rationale": "so 1."}]])
+async def test_a_blank_line_in_a_rationale_ends_nothing(exemplars: list[dict[str, str]]) -> None:
+    """What separates exemplars in the prompt is no stop string of ours; `debug` tells those that hold."""
+    tokenizer = byte_level()
+    runtime = ScriptedRuntime(eos_id=tokenizer.eos_id if tokenizer.eos_id is not None else -1, is_encoder_decoder=False)
+    runtime.say(tokenizer, "two and two\n\nis four. The answer is 4.")
+    async with served(service=scripted_service(runtime=runtime, tokenizer=tokenizer)) as server:
+        body = await server.generate(mode="cot", exemplars=exemplars, debug=True)
+        assert (body["answer"], body["outputs"][0]["rationale"]) == ("4", "two and two\n\nis four.")
+        assert body["stop"] == []
+        body = await server.generate(mode="cot", exemplars=exemplars, debug=True, stop=["\n\n"])
+        assert (body["answer"], body["outputs"][0]["text"], body["stop"]) == (None, "two and two", ["\n\n"])
+
+
 async def test_an_answer_that_is_not_there_is_null() -> None:
     async with served("I think 5") as server:
         body = await server.generate(mode="cot")
@@ -193,9 +207,10 @@ async def test_comments_break_the_silence_and_only_the_silence() -> None:
     async with served("yes no yes", runtime=runtime, settings=settings) as server:
         response = await server.post("/v1/generate", {"instruction": "hello", "stream": True})
         events = response.content.split(b"\n\n")
-        comments = [event for event in events if event.startswith(b":")]
+        *comments, end = (event for event in events if event.startswith(b":"))
         assert 2 <= len(comments) <= 4
         assert events[: len(comments)] == [b": keepalive"] * len(comments)
+        assert (end, events[len(comments)]) == (b":", b":")  # for readers that lost the comments' own ends
         assert frames(response.content)[-1] == "[DONE]"
 
 
@@ -283,6 +298,16 @@ async def test_scores() -> None:
         for wrong, field in mistakes:
             response = await server.post("/v1/score", {"instruction": "Is it?", **wrong})
             assert (response.status_code, error_of(response)["param"]) == (400, field)
+
+
+@pytest.mark.parametrize("order", ["ABCD", "DCBA", "BDAC"])
+async def test_candidates_that_score_alike_share_the_probability_in_any_order(order: str) -> None:
+    """Then the first is the best: over orders or gold letters that is chance, not a preference for some letter."""
+    async with served("yes", runtime=ScriptedRuntime(candidate_logprob=lambda ids: -3.0)) as server:
+        body = (await server.post("/v1/score", {"instruction": "hello", "candidates": list(order)})).json()
+    assert [candidate["text"] for candidate in body["candidates"]] == list(order)
+    assert [candidate["probability"] for candidate in body["candidates"]] == pytest.approx([0.25] * 4)
+    assert body["best"] == 0
 
 
 async def test_tokenize_agrees_with_raw_mode() -> None:

@@ -13,7 +13,7 @@ from openai import AsyncOpenAI, DefaultAsyncHttpxClient
 from serve.config import Settings
 from serve.output import TokenLogprob
 from serve.service import ServiceSettings
-from tests.rest.harness import Served, error_of, served
+from tests.rest.harness import Served, error_of, served, text_of
 from tests.service.scripted_runtime import ScriptedRuntime, scripted_service
 from tests.service.toy_tokenizers import byte_level, t5_like
 
@@ -293,6 +293,29 @@ async def test_the_bytes_of_a_token_that_is_no_text() -> None:
         assert bytes(entries[0]["bytes"] + entries[1]["bytes"]).decode() == "é"
         [choice] = (await server.post("/v1/completions", {"prompt": "hi", "logprobs": 0})).json()["choices"]
         assert choice["logprobs"]["text_offset"][:2] == [0, 0]
+
+
+async def test_a_limit_inside_a_character_is_no_error_on_any_route() -> None:
+    """A byte-level model, an emoji of four tokens: its beginning is not shown, the status stays 200, pieces join."""
+    tokenizer = byte_level()
+    runtime = ScriptedRuntime(eos_id=tokenizer.eos_id if tokenizer.eos_id is not None else -1)
+    runtime.say(tokenizer, "ok 😀 é!")
+    ids = runtime.tokens_of(None, 0)  # type: ignore[arg-type]  # a fixed script looks at no request
+    async with served(service=scripted_service(runtime=runtime, tokenizer=tokenizer)) as server:
+        for limit in range(1, len(ids)):
+            expected = tokenizer.decode(ids[:limit]).rstrip("\ufffd")
+            whole = await server.generate(max_tokens=limit)
+            assert (whole["outputs"][0]["text"], whole["outputs"][0]["finish_reason"]) == (expected, "length")
+            assert text_of(await server.stream("/v1/generate", instruction="hello", max_tokens=limit)) == expected
+            for path, body in ROUTES.items():
+                response = await server.post(path, {**body, "max_tokens": limit})
+                assert response.status_code == 200
+                [choice] = response.json()["choices"]
+                assert expected == (choice["text"] if "text" in choice else choice["message"]["content"])
+                events = await server.stream(path, **body, max_tokens=limit)
+                pieces = [event["choices"][0] for event in events[:-1]]
+                joined = "".join(piece.get("text") or piece.get("delta", {}).get("content") or "" for piece in pieces)
+                assert (joined, pieces[-1]["finish_reason"]) == (expected, "length")
 
 
 async def test_vllm_s_extras_count_and_other_fields_do_not() -> None:

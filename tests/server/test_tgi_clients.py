@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import httpx
 import huggingface_hub.constants
 import pytest
-from huggingface_hub import InferenceClient
+from huggingface_hub import AsyncInferenceClient, InferenceClient
 from huggingface_hub.errors import ValidationError
 
 from tests.server.process import ServerProcess
 
 PROMPT = "Is this review positive or negative?\n\nI loved the story, it was charming."
+LETTERS = "Take the last letters of Paul Maria and join them. Let's think step by step."
 KEY = "hf_key-of-this-test"
 
 
@@ -40,9 +42,8 @@ def test_text(client: InferenceClient) -> None:
 
 
 def test_a_stream_joins_to_the_text(client: InferenceClient) -> None:
-    prompt = "Take the last letters of Paul Maria and join them. Let's think step by step."
-    text = client.text_generation(prompt, max_new_tokens=60)
-    pieces = list(client.text_generation(prompt, max_new_tokens=60, stream=True))
+    text = client.text_generation(LETTERS, max_new_tokens=60)
+    pieces = list(client.text_generation(LETTERS, max_new_tokens=60, stream=True))
     assert len(pieces) > 5
     assert "".join(pieces) == text
 
@@ -80,6 +81,52 @@ def test_stop_text_is_not_returned(client: InferenceClient) -> None:
     assert answer.generated_text == "posi"
     assert answer.details is not None
     assert answer.details.finish_reason == "stop_sequence"
+    assert "".join(client.text_generation(PROMPT, stop=["tive"], stream=True)) == "posi"
+    events = list(client.text_generation(PROMPT, stop=["tive", "never said"], details=True, stream=True))
+    assert "".join(event.token.text for event in events) == events[-1].generated_text == "posi"
+    assert events[-1].details is not None
+    assert events[-1].details.finish_reason == "stop_sequence"
+
+
+def test_a_limit_is_told_as_length(client: InferenceClient) -> None:
+    whole = client.text_generation(LETTERS, details=True, max_new_tokens=3)
+    assert whole.details is not None
+    assert (whole.details.finish_reason, whole.details.generated_tokens) == ("length", 3)
+    events = list(client.text_generation(LETTERS, details=True, max_new_tokens=3, stream=True))
+    assert len(events) == 3
+    assert "".join(event.token.text for event in events) == events[-1].generated_text == whole.generated_text
+    assert events[-1].details is not None
+    assert (events[-1].details.finish_reason, events[-1].details.generated_tokens) == ("length", 3)
+
+
+def test_a_seed_repeats_a_stream(client: InferenceClient) -> None:
+    fields: dict[str, Any] = {"do_sample": True, "temperature": 1.5, "max_new_tokens": 20}
+    drawn = list(client.text_generation(LETTERS, details=True, stream=True, **fields))
+    assert drawn[-1].details is not None
+    seed = drawn[-1].details.seed
+    assert seed is not None
+    again = "".join(client.text_generation(LETTERS, stream=True, seed=seed, **fields))
+    assert again == drawn[-1].generated_text == client.text_generation(LETTERS, seed=seed, **fields)
+    assert len({client.text_generation(LETTERS, seed=other, **fields) for other in range(seed, seed + 4)}) > 1
+
+
+def test_a_prompt_is_cut_where_the_caller_says(client: InferenceClient) -> None:
+    cut = client.text_generation("cow " * 50 + PROMPT, truncate=24, details=True, stream=True)
+    assert list(cut)[-1].generated_text == "positive"
+
+
+async def test_the_asynchronous_client_says_the_same(client: InferenceClient, demo: ServerProcess) -> None:
+    async with AsyncInferenceClient(demo.rest_url, token=KEY) as other:
+        assert await other.text_generation(LETTERS) == client.text_generation(LETTERS)
+        ours = client.text_generation(LETTERS, details=True)
+        whole = await other.text_generation(LETTERS, details=True)
+        assert whole.details is not None
+        assert ours.details is not None
+        assert [token.id for token in whole.details.tokens] == [token.id for token in ours.details.tokens]
+        pieces = [piece async for piece in await other.text_generation(LETTERS, stream=True)]
+        assert "".join(pieces) == ours.generated_text
+        with pytest.raises(ValidationError, match="temperature must be above 0"):
+            await other.text_generation(PROMPT, temperature=0.0)
 
 
 def test_errors_become_the_clients_own(client: InferenceClient, demo: ServerProcess) -> None:

@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from importlib.util import find_spec
@@ -21,7 +18,9 @@ import pytest
 from serve.client import FlanClient
 from tests.contract.smollm2 import NAME, smollm2_folder
 from tests.runtimes.processes import children, name_of
+from tests.server.lm_eval_runs import answers_of, run_lm_eval
 from tests.server.process import ServerProcess
+from tests.server.promtool import lint
 
 pytestmark = [
     pytest.mark.vllm,
@@ -166,38 +165,18 @@ def test_lm_eval_measures_what_it_measures_with_transformers(
 
 def lm_eval(work: Path, model: str, model_args: str) -> dict[str, list[Any]]:
     """Each task's answers of lm-eval, in the order of the documents: log-likelihoods, or texts."""
-    work.mkdir()
-    data = work / "questions.jsonl"
-    data.write_text("".join(json.dumps(row) + "\n" for row in QUESTIONS), encoding="utf-8")
-    common: dict[str, Any] = {
-        "dataset_path": "json", "dataset_kwargs": {"data_files": {"test": str(data)}}, "test_split": "test",
-        "doc_to_text": "Question: {{question}}\nAnswer:",
-    }  # fmt: skip
+    question = "Question: {{question}}\nAnswer:"
     ranked = {
-        "task": "capitals", "output_type": "multiple_choice", "doc_to_choice": "{{choices}}", "doc_to_target": "answer",
-        "metric_list": [{"metric": "acc"}], **common,
+        "task": "capitals", "output_type": "multiple_choice", "doc_to_text": question, "doc_to_choice": "{{choices}}",
+        "doc_to_target": "answer", "metric_list": [{"metric": "acc"}],
     }  # fmt: skip
     written = {
-        "task": "capitals_gen", "output_type": "generate_until", "doc_to_target": "{{choices[answer]}}",
+        "task": "capitals_gen", "output_type": "generate_until", "doc_to_text": f"{question} The answer is",
+        "doc_to_target": "{{choices[answer]}}", "metric_list": [{"metric": "exact_match"}],
         "generation_kwargs": {"until": ["\n\n\n"], "max_gen_toks": 16, "do_sample": False},
-        "metric_list": [{"metric": "exact_match"}], **common, "doc_to_text": common["doc_to_text"] + " The answer is",
     }  # fmt: skip
-    for task in (ranked, written):
-        (work / f"{task['task']}.yaml").write_text(json.dumps(task), encoding="utf-8")  # JSON is YAML
-    command = [sys.executable, "-m", "lm_eval", "--model", model, "--model_args", model_args, "--device", "cpu"]
-    command += ["--tasks", "capitals,capitals_gen", "--include_path", str(work), "--log_samples"]
-    env = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_DATASETS_CACHE": str(work / "cache")}
-    done = subprocess.run(
-        [*command, "--output_path", str(work)], env=env, capture_output=True, text=True, timeout=300, check=False
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    found: dict[str, list[Any]] = {}
-    for name in ("capitals", "capitals_gen"):
-        [samples] = work.glob(f"*/samples_{name}_2*.jsonl")
-        rows = sorted(map(json.loads, samples.read_text(encoding="utf-8").splitlines()), key=lambda row: row["doc_id"])
-        answers = [answer[0] for row in rows for answer in row["resps"]]
-        found[name] = [float(answer[0]) for answer in answers] if name == "capitals" else answers
-    return found
+    answers = answers_of(run_lm_eval(work, model, model_args, rows=QUESTIONS, tasks=[ranked, written]))
+    return {**answers, "capitals": [float(answer[0]) for answer in answers["capitals"]]}
 
 
 def test_vllms_metrics_stand_beside_ours(server: ServerProcess) -> None:
@@ -207,14 +186,9 @@ def test_vllms_metrics_stand_beside_ours(server: ServerProcess) -> None:
     assert len(families) == len(set(families)), "two registries tell the same family"
     assert {"flan_requests_total", "flan_engine_up"} <= {name.strip() for name in families}
     assert {"vllm:prompt_tokens_total", "vllm:kv_cache_usage_perc", "vllm:num_requests_running"} <= set(families)
-    promtool = shutil.which("promtool")
-    if promtool is None:
-        assert not os.environ.get("CI"), "promtool is missing: apt-get install prometheus"
-        pytest.skip("promtool is missing (apt-get install prometheus): what it says of the metrics is not tested")
-    check = subprocess.run([promtool, "check", "metrics"], input=text, capture_output=True, text=True, check=False)
-    wrong = [line for line in check.stderr.splitlines() if not line.startswith("vllm:")]
-    assert wrong == [], "of our own families promtool has nothing to say"
-    assert check.returncode in (0, 3), "3: lint of vLLM's own names; anything else would not parse"
+    code, complaints = lint(text)
+    assert [line for line in complaints if not line.startswith("vllm:")] == [], "of ours it has nothing to say"
+    assert code in (0, 3), "3: lint of vLLM's own names; anything else would not parse"
 
 
 def test_a_killed_engine_is_seen_at_once_and_ends_the_server_after_the_grace(folder: Path) -> None:
