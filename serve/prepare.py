@@ -20,6 +20,7 @@ from serve.prompt_fitting import (
     end_in_eos,
     far_beyond,
     fit,
+    to_shorten,
     tokenize,
 )
 from serve.request import (
@@ -65,7 +66,7 @@ def prepare(
         raise InvalidRequest(f"prompts times n must be at most {MAX_REQUEST_SEQUENCES}", field="n")
     if request.prompt_logprobs and context.is_encoder_decoder:
         raise InvalidRequest("an encoder-decoder model's prompt has no log-probabilities", field="echo")
-    sampling = _within_context(sampling, prepared, context)
+    sampling = _within_context(sampling, prepared, to_shorten(request), context)
     return PreparedRequest(
         request_id=request_id,
         mode=request.mode,
@@ -82,21 +83,30 @@ def prepare(
 
 
 def _within_context(
-    sampling: SamplingParams, prepared: Sequence[PreparedPrompt], context: PrepareContext
+    sampling: SamplingParams, prepared: Sequence[PreparedPrompt], where: str, context: PrepareContext
 ) -> SamplingParams:
     """`max_tokens` is clamped to what the longest prompt leaves of the model's context, as to the server's limit."""
-    if context.context_length is None:
-        return sampling
-    longest = max(len(prompt.token_ids) for prompt in prepared)
-    room = context.context_length - longest
-    if room < 1:
-        raise InvalidRequest(
-            f"the prompt has {longest} tokens; the model's context has {context.context_length}, answer included",
-            field="prompt",
-        )
-    if room >= sampling.max_tokens:
+    room = _room(max(len(prompt.token_ids) for prompt in prepared), where, context)
+    if room is None or room >= sampling.max_tokens:
         return sampling
     return replace(sampling, max_tokens=room, min_tokens=min(sampling.min_tokens, room))
+
+
+def _room(prompt_tokens: int, where: str, context: PrepareContext) -> int | None:
+    """How many tokens a prompt leaves of the model's context, at least one; None where the model has no bound.
+
+    Args:
+        where: the field to shorten where it leaves none.
+    """
+    if context.context_length is None:
+        return None
+    room = context.context_length - prompt_tokens
+    if room < 1:
+        raise InvalidRequest(
+            f"the prompt has {prompt_tokens} tokens; the model's context has {context.context_length}, answer included",
+            field=where,
+        )
+    return room
 
 
 def prepare_score(
@@ -114,7 +124,13 @@ def prepare_score(
     _check_none_blank("candidates", request.candidates)
     exemplars = select(request, context.exemplar_sets)
     prompt, _ = fit(request, exemplars, context, None)
+    room = _room(len(prompt.token_ids), to_shorten(request), context)
     candidates = tuple(_candidate_ids(text, context) for text in request.candidates)
+    longest = max(map(len, candidates))
+    if room is not None and longest > room:
+        raise InvalidRequest(
+            f"a candidate has {longest} tokens; the prompt leaves {room} of the model's context", field="candidates"
+        )
     return PreparedScore(request_id, prompt, request.candidates, candidates, timeout_seconds)
 
 

@@ -44,8 +44,7 @@ def fit(
 ) -> tuple[PreparedPrompt, int]:
     """The prompt with as many of the last exemplars as the limit allows, and how many those are."""
     instruction = "" if request.instruction is None else request.instruction
-    has_longer_input = request.input is not None and len(request.input) > len(instruction)
-    where = "input" if has_longer_input else "instruction"  # what to shorten where it does not fit
+    where = to_shorten(request)
 
     def fitting(kept: int) -> PreparedPrompt | None:
         parts = (request.mode, instruction, request.input, request.options, exemplars[len(exemplars) - kept :])
@@ -76,6 +75,17 @@ def fit(
             best, kept = prompt, middle
     assert best is not None  # with no exemplar it fits, or was refused
     return best, kept
+
+
+def to_shorten(request: GenerateRequest | ScoreRequest) -> str:
+    """The field to shorten where the prompt does not fit."""
+    if isinstance(request, GenerateRequest) and request.prompts:
+        return "prompt"
+    if isinstance(request, GenerateRequest) and request.messages:
+        return "messages"
+    instruction = "" if request.instruction is None else request.instruction
+    has_longer_input = request.input is not None and len(request.input) > len(instruction)
+    return "input" if has_longer_input else "instruction"
 
 
 def far_beyond(text: str, limit: int, tokenizer: Tokenizer) -> int | None:

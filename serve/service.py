@@ -183,13 +183,20 @@ class Service:
             return scores
 
     async def tokenize(
-        self, text: str, *, add_special_tokens: bool = True, model: str | None = None, tracker: RequestTracker
+        self,
+        text: str,
+        *,
+        add_special_tokens: bool = True,
+        model: str | None = None,
+        timeout_seconds: float | None = None,
+        tracker: RequestTracker,
     ) -> Tokenization:
         """
         Raises:
-            NotFound, InvalidRequest, Unavailable, EngineFailure
+            NotFound, InvalidRequest, Unavailable, EngineFailure, DeadlineExceeded
         """
-        try:
+        timeout = self._timeout(timeout_seconds)
+        with _counted(tracker, timeout):
             self.admission.check()
             self._check_model(model, tracker)
             check_text("text", text)
@@ -197,11 +204,9 @@ class Service:
             ids = await self._in_thread(
                 len(text), lambda: tokenizer.encode(text, add_special_tokens=add_special_tokens)
             )
-        except BaseException as error:
-            tracker.fail(error)
-            raise
-        tracker.finish(Outcome.STOP)
-        return Tokenization(ids, tokenizer.count_unknown(ids))
+            _check_time(timeout, tracker)
+            tracker.finish(Outcome.STOP)
+            return Tokenization(ids, tokenizer.count_unknown(ids))
 
     def model_card(self) -> ModelCard:
         """

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
 
@@ -66,7 +67,7 @@ def create_app(service: Service, *, settings: Settings) -> FastAPI:
         endpoint = Endpoint(tracked(route, service.metrics, handler), settings, to_body)
         endpoints.setdefault(path, {})["POST"] = endpoint
     for path, by_method in endpoints.items():
-        app.router.routes.append(PathRoute(path, ByMethod(by_method), methods=list(by_method)))
+        app.router.routes.append(_ExactRoute(path, ByMethod(by_method), methods=list(by_method)))
     app.add_exception_handler(HTTPException, _refuse)
     # What is added last stands outermost.
     if settings.api_keys:
@@ -77,6 +78,14 @@ def create_app(service: Service, *, settings: Settings) -> FastAPI:
     app.add_middleware(RequestIds, is_draining=lambda: service.is_draining)
     app.add_middleware(UnreadBodies)
     return app
+
+
+class _ExactRoute(PathRoute):
+    """A route whose path ends where it ends: Starlette's patterns end in `$`, which lets a newline pass behind it."""
+
+    def __init__(self, path: str, endpoint: ByMethod, *, methods: list[str]) -> None:
+        super().__init__(path, endpoint, methods=methods)
+        self.path_regex = re.compile(self.path_regex.pattern.removesuffix("$") + r"\Z")
 
 
 def _reference(*, has_keys: bool) -> dict[str, Handler]:

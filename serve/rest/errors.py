@@ -66,15 +66,21 @@ def to_body(error: ServeError) -> dict[str, Any]:
 
 
 def to_tgi_body(error: ServeError) -> dict[str, Any]:
-    """
+    """The schema has no place for the field at fault, so the message names it.
+
     >>> from serve.errors import InvalidRequest
     >>> to_tgi_body(InvalidRequest("prompt must not be blank", field="prompt"))
     {'error': 'inputs must not be blank', 'error_type': 'validation'}
+    >>> to_tgi_body(InvalidRequest("the prompt has 9 tokens; the limit is 8", field="prompt"))["error"]
+    'inputs: the prompt has 9 tokens; the limit is 8'
     """
     field = "" if error.field is None else error.field
     message = error.message
     if field in _TGI_NAMES and message.startswith(f"{field} "):
         message = _TGI_NAMES[field] + message.removeprefix(field)
+    name = _TGI_NAMES.get(field, field)
+    if name not in message:
+        message = f"{name}: {message}"
     return {"error": message, "error_type": TGI_TYPES.get(error.kind, error.kind)}
 
 

@@ -35,8 +35,11 @@ class Handlers:
         await call.reply(codec.to_score_response(scores))
 
     async def tokenize(self, call: Call, tracker: RequestTracker) -> None:
+        timeout = call.timeout_seconds()
         arguments = await call.read(codec.to_tokenize_arguments)
-        tokenization = await call.while_connected(self._service.tokenize(**arguments, tracker=tracker))
+        tokenization = await call.while_connected(
+            self._service.tokenize(**arguments, timeout_seconds=timeout, tracker=tracker)
+        )
         await call.reply(codec.to_tokenize_response(tokenization))
 
     async def models(self, call: Call) -> None:

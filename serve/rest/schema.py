@@ -268,6 +268,7 @@ def _tgi_responses() -> Json:
     made = {**ended, "prefill": prefill, "tokens": _list(token), "top_tokens": _list(_list(token))}
     details = _object(**made, best_of_sequences=_list(_object(generated_text=_STRING, **made)))
     whole = _object(generated_text=_STRING, details=details)
+    error_types = sorted({*TGI_TYPES.values(), "unauthorized"})  # of a key it knows nothing: our own word
     limits = ("max_concurrent_requests", "max_best_of", "max_stop_sequences", "max_input_tokens", "max_total_tokens")
     return {
         "TgiResponse": whole,
@@ -280,7 +281,7 @@ def _tgi_responses() -> Json:
             details=_optional(_object(**ended, input_length=_INTEGER)),
         ),
         "TgiInfo": _object(model_id=_STRING, **dict.fromkeys(limits, _INTEGER), version=_STRING),
-        "TgiError": _object(error=_STRING, error_type={"type": "string", "enum": sorted(set(TGI_TYPES.values()))}),
+        "TgiError": _object(error=_STRING, error_type={"type": "string", "enum": error_types}),
     }
 
 

@@ -137,6 +137,7 @@ class FlanHandlers:
             message.text,
             add_special_tokens=message.add_special_tokens if message.HasField("add_special_tokens") else True,
             model=message.model if message.HasField("model") else None,
+            timeout_seconds=call.timeout_seconds(),
             tracker=tracker,
         )
         await call.write(codec.to_tokenize_response(tokenization))

@@ -15,6 +15,7 @@ from serve.rest import errors
 from serve.service import Service, ServiceSettings
 from tests.rest.harness import Served, error_of, frames, http_post, served
 from tests.service.scripted_runtime import ScriptedRuntime, scripted_service
+from tests.service.toy_tokenizers import byte_level
 
 INFERENCE: dict[str, dict[str, Any]] = {
     "/v1/generate": {"instruction": "hello"},
@@ -43,6 +44,9 @@ def test_every_kind_has_a_row_and_every_row_a_kind() -> None:
         "/v2/generate",
         "/v1/engines",
         "/%ff%00",
+        "/v1/generate%0a",
+        "/livez%0a",
+        "/static/playground.js%0a",
     ],
 )
 @pytest.mark.parametrize("method", ["GET", "POST", "DELETE"])
@@ -81,6 +85,41 @@ async def test_unknown_models() -> None:
             assert "scripted" in error["message"]
             for name in ("scripted", "default", "tgi", "dummy", None):
                 assert (await server.post(path, {**body, "model": name})).status_code == 200
+
+
+@pytest.mark.parametrize("path", INFERENCE)
+async def test_every_route_has_a_deadline(path: str) -> None:
+    async with served("yes") as server:
+        late = await server.post(path, INFERENCE[path], x_request_timeout_ms="0")
+        assert (late.status_code, error_of(late)["code"]) == (504, "deadline")
+        wrong = await server.post(path, INFERENCE[path], x_request_timeout_ms="soon")
+        assert (wrong.status_code, error_of(wrong)["param"]) == (400, "x-request-timeout-ms")
+        assert (await server.post(path, INFERENCE[path], x_request_timeout_ms="60000")).status_code == 200
+        assert await server.outcomes() == {"deadline": 1, "invalid": 1, "stop": 1}
+
+
+FULL_CONTEXT: dict[str, tuple[str, dict[str, Any], str]] = {
+    "an instruction": ("/v1/generate", {"mode": "raw", "instruction": "x" * 50}, "instruction"),
+    "an input": ("/v1/generate", {"instruction": "x", "input": "y" * 50}, "input"),
+    "a prompt of completions": ("/v1/completions", {"prompt": ["x", "y" * 50]}, "prompt"),
+    "token ids": ("/v1/completions", {"prompt": [5] * 50}, "prompt"),
+    "a chat": ("/v1/chat/completions", {"messages": [{"role": "user", "content": "x" * 50}]}, "messages"),
+    "a prompt to score": ("/v1/score", {"mode": "raw", "instruction": "x" * 50, "candidates": ["a"]}, "instruction"),
+    "a candidate": ("/v1/score", {"mode": "raw", "instruction": "x", "candidates": ["a", "b" * 40]}, "candidates"),
+}
+
+
+@pytest.mark.parametrize("name", FULL_CONTEXT)
+async def test_what_the_model_s_context_cannot_hold_is_the_client_s_mistake(name: str) -> None:
+    path, body, field = FULL_CONTEXT[name]
+    runtime = ScriptedRuntime([5, 1], is_encoder_decoder=False, context_length=40)
+    service = scripted_service(runtime=runtime, tokenizer=byte_level())
+    async with served(service=service, runtime=runtime) as server:
+        response = await server.post(path, body)
+        assert response.status_code == 400, response.text
+        assert error_of(response)["param"] == field
+        assert "context" in error_of(response)["message"]
+        assert (runtime.requests, runtime.scores) == ([], [])
 
 
 async def test_loading() -> None:

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from serve.config import Settings
 from serve.rest import tgi
 from serve.rest.fields import Table
 from serve.rest.openai import CHAT_FIELDS, COMPLETION_FIELDS
@@ -60,6 +61,25 @@ async def test_the_document_covers_the_routes_and_the_fields() -> None:
         references = set(re.findall(r'"#/components/schemas/(\w+)"', (await server.http.get("/openapi.json")).text))
         assert len(references) > 12
         assert references <= set(schemas)
+
+
+async def test_the_document_knows_every_word_of_a_refusal() -> None:
+    async with served("yes", settings=Settings(port=0, api_keys=("first",), max_body_mib=0.01)) as server:
+        key = {"authorization": "Bearer first"}
+        schemas = (await server.http.get("/openapi.json", headers=key)).json()["components"]["schemas"]
+        codes = schemas["Error"]["properties"]["error"]["properties"]["code"]["enum"]
+        types = schemas["TgiError"]["properties"]["error_type"]["enum"]
+        for status, headers, content in [
+            (401, {}, b"{}"),
+            (400, key, b"{}"),
+            (413, key, b"x" * 20_000),
+            (504, {**key, "x-request-timeout-ms": "0"}, b'{"instruction": "x", "inputs": "x"}'),
+        ]:
+            ours = await server.http.post("/v1/generate", headers=headers, content=content)
+            tgi_s = await server.http.post("/generate", headers=headers, content=content)
+            assert (tgi_s.status_code, tgi_s.json()["error_type"] in types) == (status, True)
+            if b"inputs" not in content:  # one field too many for ours
+                assert (ours.status_code, ours.json()["error"]["code"] in codes) == (status, True)
 
 
 @pytest.mark.parametrize("path", TABLES)

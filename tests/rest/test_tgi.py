@@ -303,6 +303,14 @@ async def test_headers_of_a_whole_response() -> None:
             assert int(response.headers[f"x-{name}"]) >= 0
 
 
+@pytest.mark.parametrize("path", ROUTES)
+async def test_a_refusal_names_the_field_though_the_schema_has_no_place_for_it(path: str) -> None:
+    async with served(ANSWER, service=scripted_service(settings=ServiceSettings(max_input_tokens=10))) as server:
+        response = await server.post(path, {"inputs": "cat " * 20})
+        assert response.status_code == 400
+        assert error_of(response)[0].startswith("inputs: the prompt has ")
+
+
 async def test_other_refusals_have_the_common_statuses() -> None:
     keyed = Settings(port=0, api_keys=("first",), max_body_mib=0.01)
     async with served(ANSWER, settings=keyed) as server:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import math
+from collections.abc import Awaitable
 from typing import Any
 
 import grpc
@@ -21,6 +22,7 @@ from serve.service import Service, ServiceSettings
 from tests.rpc.harness import served
 from tests.rpc.statuses import Refusal, refusal
 from tests.service.scripted_runtime import ScriptedRuntime, scripted_service
+from tests.service.toy_tokenizers import byte_level
 
 Code = grpc.StatusCode
 
@@ -29,6 +31,23 @@ def test_every_kind_has_a_code() -> None:
     classes = [value for value in vars(kinds).values() if isinstance(value, type) and issubclass(value, ServeError)]
     assert len(classes) >= 11
     assert {error.kind for error in classes} == set(CODES)
+
+
+async def test_what_the_model_s_context_cannot_hold_is_the_client_s_mistake() -> None:
+    runtime = ScriptedRuntime([5, 1], is_encoder_decoder=False, context_length=40)
+    service = scripted_service(runtime=runtime, tokenizer=byte_level())
+    long: dict[str, Any] = {"mode": pb.MODE_RAW, "instruction": "x" * 50}
+    async with served(service=service, runtime=runtime) as s:
+        calls: list[tuple[Awaitable[Any], str]] = [
+            (s.stub.Generate(pb.GenerateRequest(**long)), "instruction"),
+            (s.stub.Generate(pb.GenerateRequest(instruction="x", input="y" * 50)), "input"),
+            (s.stub.Score(pb.ScoreRequest(**long, candidates=["a"])), "instruction"),
+            (s.stub.Score(pb.ScoreRequest(instruction="x", candidates=["a", "b" * 40])), "candidates"),
+        ]
+        for call, field in calls:
+            refused = await refusal(call)
+            assert (refused.code, refused.field) == (Code.INVALID_ARGUMENT, field)
+        assert (runtime.requests, runtime.scores) == ([], [])
 
 
 @pytest.mark.parametrize(

@@ -42,7 +42,7 @@ class ScriptedRuntime:
         fail_at_step: the whole engine dies at this step of any request (0 = its first).
         fail_sequences: {sequence index: step}: that sequence ends with FinishReason.ERROR there.
         logprob: log-probability of a sequence's tokens by sequence index.
-        is_encoder_decoder: what `info` says.
+        is_encoder_decoder, context_length: what `info` says.
     """
 
     script: Script = (EOS,)
@@ -56,6 +56,7 @@ class ScriptedRuntime:
     score_seconds: float = 0.0
     eos_id: int = EOS
     is_encoder_decoder: bool = True
+    context_length: int | None = None
     max_running_sequences: int = 64
     on_step: OnStep | None = None
 
@@ -77,6 +78,7 @@ class ScriptedRuntime:
             runtime="scripted",
             architecture="T5ForConditionalGeneration" if self.is_encoder_decoder else "LlamaForCausalLM",
             is_encoder_decoder=self.is_encoder_decoder,
+            context_length=self.context_length,
             dtype="float32",
             device="cpu",
             max_running_sequences=self.max_running_sequences,

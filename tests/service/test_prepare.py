@@ -215,6 +215,31 @@ class TestTokens:
         assert prepared(mode=Mode.RAW, instruction="yes" + " " * 50_000 + "no").prompt_tokens == 3
 
 
+class TestContext:
+    """Of a decoder-only model: prompt and answer together."""
+
+    CONTEXT = PrepareContext(byte_level(), is_encoder_decoder=False, context_length=20)
+
+    def test_max_tokens_are_what_the_prompt_leaves(self) -> None:
+        request = prepared(self.CONTEXT, prompts=("abc",), sampling=SamplingFields(max_tokens=50, min_tokens=30))
+        assert (request.sampling.max_tokens, request.sampling.min_tokens) == (17, 17)
+
+    def test_a_full_one_names_what_to_shorten(self) -> None:
+        long = "b" * 20
+        assert refused_field(context=self.CONTEXT, mode=Mode.RAW, instruction=long) == "instruction"
+        assert refused_field(context=self.CONTEXT, instruction="a", input=long) == "input"
+        assert refused_field(context=self.CONTEXT, prompts=("a", long)) == "prompt"
+        assert refused_field(context=self.CONTEXT, messages=(ChatMessage("user", long),)) == "messages"
+
+    @pytest.mark.parametrize(("prompt", "candidate", "field"), [(17, 4, "candidates"), (20, 1, "instruction")])
+    def test_a_prompt_and_each_candidate_fit_together(self, prompt: int, candidate: int, field: str) -> None:
+        fits = scored(self.CONTEXT, mode=Mode.RAW, instruction="a" * 16, candidates=("b" * 4, "c"))
+        assert len(fits.candidate_token_ids) == 2
+        with pytest.raises(InvalidRequest) as caught:
+            scored(self.CONTEXT, mode=Mode.RAW, instruction="a" * prompt, candidates=("c", "b" * candidate))
+        assert caught.value.field == field
+
+
 class TestSampling:
     def test_samples_are_for_cot_alone(self) -> None:
         for mode in (Mode.RAW, Mode.INSTRUCTION, Mode.FEW_SHOT):

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from serve.errors import EngineFailure, InvalidRequest, NotFound, ServeError, Unavailable
+from serve.errors import DeadlineExceeded, EngineFailure, InvalidRequest, NotFound, ServeError, Unavailable
 from serve.metrics import Metrics, Protocol, RequestTracker, Route
 from serve.output import Completion, FinishReason, TextDelta
 from serve.request import Exemplar, GenerateRequest, Mode, ScoreRequest
@@ -474,6 +474,11 @@ class TestTokenize:
         assert caught.value.field == "text"
         with pytest.raises(NotFound):
             await service.tokenize("a", model="other", tracker=tracker_of(service, Route.TOKENIZE))
+
+    async def test_it_has_a_deadline_like_every_request(self, service: Service) -> None:
+        with pytest.raises(DeadlineExceeded):
+            await service.tokenize("a", timeout_seconds=0.0, tracker=tracker_of(service, Route.TOKENIZE))
+        assert outcomes(service.metrics) == {"deadline": 1}
 
 
 async def test_the_model_card(service: Service) -> None:
