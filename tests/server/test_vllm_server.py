@@ -73,7 +73,7 @@ def test_auto_chooses_vllm_and_says_why(server: ServerProcess) -> None:
 
 
 def test_few_shot(server: ServerProcess) -> None:
-    """The review of docs/vllm.md: the exemplars are turns of the model's own chat, and it answers in their form."""
+    """The review of the README: the exemplars are turns of the model's own chat, and it answers in their form."""
     fields = {"mode": "few_shot", "instruction": "Is the review positive or negative?", "exemplars": REVIEWS}
     rude = generate(server, **fields, input="The soup was cold and the waiter was rude.")
     kind = generate(server, **fields, input="What a wonderful place, the food was delicious!")
