@@ -15,6 +15,7 @@ from serve.engine.scheduler import ScoreChunk, StepPlan
 from serve.engine.scoring import score_candidates
 from serve.engine.sequence import Prompt
 from serve.engine.slabs import CacheTensors, SlabLimit, Slabs
+from serve.engine.thread_choice import ThreadChoice
 
 
 class Runner(Protocol):
@@ -51,6 +52,7 @@ class ModelRunner:
     def __init__(self, model: T5Model, *, cache_bytes: int) -> None:
         config = model.config
         self._model = model
+        self._threads = ThreadChoice.of(model) if model.device.type == "cpu" else None
         limit = SlabLimit(cache_bytes)
         self.cache = CacheTensors(
             *(
@@ -97,7 +99,10 @@ class ModelRunner:
             device=model.device,
         )
         best_only = [wants_best_only(sequence) for sequence in plan.decode]
-        return model.logits(model.decode(batch.input_ids, batch), best_only)
+        if self._threads is None:
+            return model.logits(model.decode(batch.input_ids, batch), best_only)
+        with self._threads(len(plan.decode)):
+            return model.logits(model.decode(batch.input_ids, batch), best_only)
 
     def sample(self, logits: Tensor, plan: StepPlan) -> Sampled:
         return sample(logits, plan.decode, eos_token_id=self._model.config.eos_token_id)

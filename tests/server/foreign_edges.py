@@ -178,10 +178,9 @@ class Tgi:
         return {**prompt, "parameters": parameters}
 
     def refused(self, error: Json) -> Refused:
-        """The field is the message's first word; that of a prompt that is too long is known by its words."""
+        """The field is the message's first word."""
         assert set(error) == {"error", "error_type"}
-        word = error["error"].removeprefix("parameters: ").partition(" ")[0].partition("[")[0]
-        word = "inputs" if error["error"].startswith("the prompt has ") else word
+        word = error["error"].removeprefix("parameters: ").partition(" ")[0].partition("[")[0].rstrip(":")
         names = {theirs: ours for ours, theirs in _TGI_NAMES.items()} | {"inputs": "instruction"}
         kind = _TGI_KINDS.get(error["error_type"], str(error["error_type"]))
         return Refused(kind, names.get(word) if kind == "invalid" else None, error["error"])
