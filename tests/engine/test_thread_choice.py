@@ -70,3 +70,16 @@ def test_a_model_is_tried_as_it_is(model: T5Model) -> None:
     choice = ThreadChoice.of(model)
     assert threads_of(choice, 1) in (1, 4)
     assert threads_of(choice, 64) == 4
+
+
+def test_threads_change_no_bit(model: T5Model) -> None:
+    """Else a text could depend on what was tried."""
+    prompt = torch.arange(2, 52)
+    states = model.encode(prompt, [50])
+    cross = [keys_values.permute(1, 2, 0, 3) for keys_values in model.cross_keys_values(states)]
+    texts = torch.arange(3, 43)
+    logits = []
+    for threads in (1, 4):
+        torch.set_num_threads(threads)
+        logits.append(model.logits(model.decode_forced(texts, [20, 20], cross)))
+    assert torch.equal(*logits)
