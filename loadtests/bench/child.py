@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -25,7 +26,7 @@ def environment_of(threads: int) -> dict[str, str]:
 
 
 class Child:
-    """One system in its own process. It idles, and takes no processor time, while it is not called."""
+    """One system in its own process. It is stopped while it is not called: threads that spin would take a core."""
 
     def __init__(self, name: str, setting: str, place: Place) -> None:
         self.name, self.setting = name, setting
@@ -52,10 +53,12 @@ class Child:
         """Raises RuntimeError with what went wrong there."""
         assert self._process.stdin is not None
         assert self._process.stdout is not None
+        self._process.send_signal(signal.SIGCONT)
         try:
             self._process.stdin.write(json.dumps({"call": call, "arguments": arguments}) + "\n")
             self._process.stdin.flush()
             line = self._process.stdout.readline()
+            self._process.send_signal(signal.SIGSTOP)
         except BrokenPipeError:
             line = ""
         if not line:
@@ -68,6 +71,7 @@ class Child:
         return result
 
     def close(self) -> None:
+        self._process.send_signal(signal.SIGCONT)
         if self._process.stdin is not None and not self._process.stdin.closed:
             self._process.stdin.close()
         try:

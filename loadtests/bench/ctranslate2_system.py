@@ -58,11 +58,12 @@ class CTranslate2System:
         self._translator = self._open(self._tuning)
 
     def candidates(self, count: int) -> list[Tuning]:
-        """All threads on one batch, or a thread for each of several; in the sizes that `count` requests allow."""
+        """All threads on one batch, one thread on it, or a thread for each of several; in sizes that `count` allows."""
         threads = self._place.threads
         tunings = []
-        for streams in dict.fromkeys((threads, 1)) if count > 1 else (1,):
-            split: dict[str, Any] = {"streams": streams, "threads": threads // streams}
+        splits = ((threads, 1), (1, threads)) if count > 1 else ((1, threads), (1, 1))
+        for streams, of_each in dict.fromkeys(splits):
+            split: dict[str, Any] = {"streams": streams, "threads": of_each}
             if count > _MANY:
                 tunings += [Tuning(batch=tokens, by_tokens=True, **split) for tokens in _TOKENS]
             else:
