@@ -4,7 +4,6 @@ and no drop of a body behind an offer of HTTP/2."""
 from __future__ import annotations
 
 import re
-from functools import partial
 from typing import Any
 
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
@@ -17,6 +16,7 @@ from serve.rest.json_text import dump_ascii
 MAX_HEAD_BYTES = 65536  # of the request line and all headers; the parser itself has no bound
 # Key in the scope's state of a function without arguments: after it was called the connection ends with the response.
 CLOSE_AFTER_RESPONSE = "close_after_response"
+_LINGER_SECONDS = 0.5
 _UPGRADE = re.compile(rb"\r\nupgrade:[^\r\n]*", re.IGNORECASE)
 
 
@@ -25,6 +25,7 @@ class RestProtocol(HttpToolsProtocol):
 
     _head_bytes = 0
     _in_message = False
+    _is_ending = False
 
     def data_received(self, data: bytes) -> None:
         if not self._in_message:
@@ -52,7 +53,9 @@ class RestProtocol(HttpToolsProtocol):
         super().on_headers_complete()
         # The application starts in the next turn of the loop, so it sees this.
         state: dict[str, Any] = self.scope["state"]
-        state[CLOSE_AFTER_RESPONSE] = partial(setattr, self.cycle, "keep_alive", False)
+        state[CLOSE_AFTER_RESPONSE] = self._end_soon
+        if self._is_ending:
+            self.cycle.keep_alive = False  # with the header that says so
 
     def send_400_response(self, msg: str) -> None:
         """What the parser refuses gets our error body. Then the connection ends: where would a next request begin?"""
@@ -69,6 +72,15 @@ class RestProtocol(HttpToolsProtocol):
             ]
             self.transport.write(b"".join([*head, body]))
         self.transport.close()
+
+    def _end_soon(self) -> None:
+        """Close once the connection is idle for a moment, not with the response that is under way.
+
+        Its head promised a connection that can be used again, so the client may be sending its next request by now.
+        That one is answered, and told that it was the last.
+        """
+        self._is_ending = True
+        self.timeout_keep_alive = _LINGER_SECONDS  # type: ignore[assignment] # uvicorn's options are whole seconds
 
     def _count_head(self, num_bytes: int) -> None:
         self._head_bytes += num_bytes

@@ -218,6 +218,20 @@ async def test_a_failure_in_a_stream_is_its_last_frame_and_the_connection_closes
         assert not any("finish_reason" in event and event["finish_reason"] for event in events)
 
 
+async def test_a_request_right_behind_a_failed_stream_is_answered_and_is_the_last() -> None:
+    """The client had no sign that the connection would end; closed at once, it would lose what it is sending."""
+    async with served("yes no yes no", runtime=ScriptedRuntime(fail_at_step=2, pace_seconds=0.01)) as server:
+        failing = http_post("/v1/generate", json.dumps({"instruction": "hello", "stream": True}).encode())
+        reader, writer = await asyncio.open_connection("127.0.0.1", server.port)
+        writer.write(failing)
+        await reader.readuntil(b"\r\n0\r\n\r\n")
+        writer.write(b"GET /livez HTTP/1.1\r\nhost: x\r\n\r\n")
+        answer = await asyncio.wait_for(reader.read(), 1)  # to the end of the connection
+        writer.close()
+        assert answer.startswith(b"HTTP/1.1 200 OK")
+        assert b"connection: close" in answer.lower()
+
+
 async def test_an_unexpected_error_is_500_and_tells_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     async with served("yes") as server:
 

@@ -55,15 +55,11 @@ OPENAI = ("completions", "completions stream", "chat", "chat stream")
 TGI = ("TGI", "TGI stream")
 
 
-# A stream that fails takes its connection along, and a request that is sent at that moment would be lost.
-NO_REUSE = httpx.Limits(max_keepalive_connections=0)
-
-
 @pytest.fixture(scope="module")
 def edges(talking: ServerProcess) -> Iterator[dict[str, Edge]]:
     options = (("grpc.max_send_message_length", 2**24),)
     with (
-        httpx.Client(base_url=talking.rest_url, timeout=30, trust_env=False, limits=NO_REUSE) as http,
+        httpx.Client(base_url=talking.rest_url, timeout=30, trust_env=False) as http,
         grpc.insecure_channel(talking.grpc_target, options) as channel,
     ):
         over_rest = {name: make(http) for name, make in OVER_REST.items()}
