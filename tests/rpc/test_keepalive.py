@@ -129,7 +129,7 @@ async def test_a_client_that_answers_no_ping_frees_its_slot(monkeypatch: pytest.
         assert s.outcomes() == {}
         client.answers_pings = False
         await until(lambda: s.outcomes() == {"cancelled": 1})
-        assert any(kind == GOAWAY and b"ping_timeout" in payload for kind, _, payload in client.frames)
+        await until(lambda: any(kind == GOAWAY and b"ping_timeout" in payload for kind, _, payload in client.frames))
         assert runtime.num_running == s.service.requests_running == s.service.requests_waiting == 0
         receiving.cancel()
         writer.transport.abort()
