@@ -11,6 +11,9 @@ import torch.nn.functional as F  # noqa: N812 - everybody's name for it
 from torch import Tensor
 
 from serve.engine.int8_linear import delicate_int8_linear, int8_linear
+from serve.engine.native import elementwise
+from serve.engine.native.library import ACTIVATIONS, Kind, Level, level
+from serve.engine.native.linear import NativeLinear
 from serve.engine.packed_linear import Float16Linear, PackedLinear, onednn_available
 
 WeightFormat = Literal["plain", "float16", "int8"]  # "plain": as the model's dtype says
@@ -53,6 +56,7 @@ def make_linear(
     weights: WeightFormat = "plain",
     few_rows: bool,
     delicate: bool = False,
+    native: bool = False,
 ) -> Linear:
     """The linear layer that suits the device and dtype. `weight` is [out, in] in any floating dtype.
 
@@ -63,6 +67,10 @@ def make_linear(
     if dtype is torch.float16 and delicate:
         return Float32Linear(weight.to(device))
     weight = weight.to(device=device, dtype=dtype).contiguous()
+    kind = native_kind(weights, delicate=delicate)
+    # With AVX2 alone, torch's kernels for many rows are as good.
+    if native and (few_rows or level() > Level.AVX2) and NativeLinear.fits(weight, kind):
+        return NativeLinear(weight, kind)
     if weights == "int8":
         make = delicate_int8_linear if delicate else int8_linear
         linear = make(weight, few_rows=few_rows)
@@ -75,23 +83,33 @@ def make_linear(
     return DenseLinear(weight)
 
 
+def native_kind(weights: WeightFormat, *, delicate: bool) -> Kind:
+    """What the native kernels call a layer's weights."""
+    if weights == "int8":
+        return Kind.INT8_FINE if delicate else Kind.INT8
+    return Kind.FLOAT16 if weights == "float16" else Kind.FLOAT32
+
+
 class RmsNorm:
     """T5's layer norm: no mean, no bias, statistics in float32. Shape and dtype of what comes in."""
 
-    def __init__(self, weight: Tensor, epsilon: float) -> None:
-        self._weight = weight
+    def __init__(self, weight: Tensor, epsilon: float, *, native: bool = False) -> None:
+        self.weight = weight
         self._epsilon = epsilon
+        self._native = native and weight.shape[0] % 16 == 0
         self._addend = torch.tensor(epsilon, device=weight.device)
 
     def __call__(self, x: Tensor) -> Tensor:
         if x.is_cuda:  # one kernel, in float32 inside
-            return F.rms_norm(x, self._weight.shape, self._weight, self._epsilon)
+            return F.rms_norm(x, self.weight.shape, self.weight, self._epsilon)
+        if self._native:
+            return elementwise.normalize(x, self.weight, self._epsilon)
         wide = x.float()
         norm = torch.linalg.vector_norm(wide, dim=-1, keepdim=True)  # F.rms_norm is the same in more passes
         inverse = torch.addcmul(self._addend, norm, norm, value=1.0 / x.shape[-1]).rsqrt_()
         if x.dtype is torch.float32:
-            return torch.mul(wide, inverse).mul_(self._weight)
-        return self._weight * (wide * inverse).to(x.dtype)
+            return torch.mul(wide, inverse).mul_(self.weight)
+        return self.weight * (wide * inverse).to(x.dtype)
 
 
 def _gelu_tanh(x: Tensor) -> Tensor:
@@ -108,6 +126,24 @@ ACTIVATION_FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "gelu_new": _gelu_tanh,
     "silu": F.silu,
 }
+
+
+class Activation:
+    """The feed-forward's activation over [rows, width]; gated: over [rows, 2 * width], whose first half gates."""
+
+    def __init__(self, name: str, *, gated: bool, width: int, native: bool = False) -> None:
+        self._name = name
+        self._gated = gated
+        self._function = ACTIVATION_FUNCTIONS[name]
+        self._native = native and name in ACTIVATIONS and width % 16 == 0
+
+    def __call__(self, x: Tensor) -> Tensor:
+        if self._native:
+            return elementwise.activate(x, self._name, gated=self._gated)
+        if not self._gated:
+            return self._function(x)
+        gate, linear = x.chunk(2, dim=-1)
+        return self._function(gate).mul_(linear)
 
 
 class RelativeBias:
@@ -130,6 +166,14 @@ class RelativeBias:
     def at(self, distances: Tensor) -> Tensor:
         """Bias of integer `distances` of any shape: [heads, *shape]."""
         return self._table[:, distances.clamp(-self._max_distance, self._max_distance) + self._max_distance]
+
+    def by_distance_back(self) -> Tensor:
+        """Bias of a key 0, 1, ... max_distance positions before the query; farther ones have the last: [heads, ...]."""
+        return self._table[:, : self._max_distance + 1].flip(1)
+
+    def line(self, longest: int) -> Tensor:
+        """Bias of distances 1 - longest ... longest - 1: [heads, 2 * longest - 1]."""
+        return self.at(torch.arange(1 - longest, longest, device=self._table.device))
 
     def reversed_square(self, length: int) -> Tensor:
         """Bias of every query against every key, keys *last first*: [1, heads, length, length], without copying.

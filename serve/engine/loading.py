@@ -60,7 +60,7 @@ def make_engine(model: T5Model, settings: EngineSettings, runner: Runner | None 
     if runner is None:
         runner = make_runner(model, settings)
     config = model.config
-    bytes_per_token = config.num_decoder_layers * 2 * config.inner * model.dtype.itemsize
+    bytes_per_token = config.num_decoder_layers * 2 * config.inner * model.cache_dtype.itemsize
     return Engine(
         runner,
         settings,

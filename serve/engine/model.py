@@ -16,7 +16,12 @@ import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
 from serve.engine.attention import RaggedAttend, RaggedAttention
-from serve.engine.layers import ACTIVATION_FUNCTIONS, Linear, RelativeBias, RmsNorm, WeightFormat, make_linear
+from serve.engine.layers import Activation, Linear, RelativeBias, RmsNorm, WeightFormat, make_linear
+from serve.engine.native.attention import NativeRaggedAttention
+from serve.engine.native.decoder import LayerWeights, NativeDecoder
+from serve.engine.native.head import NativeShortlistHead
+from serve.engine.native.library import Kind, Level, level
+from serve.engine.native.linear import NativeLinear
 from serve.engine.packed_linear import Float16Linear, fbgemm_available
 from serve.engine.shortlist_head import MIN_VOCABULARY, ShortlistHead
 from serve.engine.weights import Checkpoint
@@ -86,17 +91,20 @@ class T5Model:
         dtype: torch.dtype,
         weights: WeightFormat = "plain",
         vocab_limit: int | None = None,
+        native: bool = True,
     ) -> None:
         """`dtype` is that of activations and caches; `weights` other than "plain" are for float32 on a CPU.
 
         Rows of the head from `vocab_limit` on are dropped: those ids can be neither drawn nor scored.
+        `native` False leaves out our own kernels for the CPU; True has them where they can be had.
         """
         config = checkpoint.config
         self.config = config
         self.device = device
         self.dtype = dtype
         self.vocab_limit = config.vocab_size if vocab_limit is None else min(vocab_limit, config.vocab_size)
-        build = _Builder(checkpoint, device, dtype, weights)
+        native = native and device.type == "cpu" and dtype is torch.float32 and level() is not Level.NONE
+        build = _Builder(checkpoint, device, dtype, weights, native=native)
         self._embedding = build.tensor("shared.weight")
         self._head = _Head(checkpoint.head[: self.vocab_limit], build)
         self._scale = config.d_model**-0.5 if checkpoint.tied and config.scale_decoder_outputs else 1.0
@@ -106,7 +114,12 @@ class T5Model:
         self._decoder_norm = build.norm("decoder.final_layer_norm.weight")
         self.encoder_bias = build.bias("encoder", causal=False)
         self.decoder_bias = build.bias("decoder", causal=True)
-        self._activation = ACTIVATION_FUNCTIONS[config.activation]
+        self._activation = Activation(config.activation, gated=config.gated, width=config.d_ff, native=native)
+        self._native = native and NativeDecoder.fits(config)
+        layers = self._native_layers() if self._native else None
+        # Keys and values are stored as the weights are, at least with float16's precision.
+        self.cache_dtype = dtype if layers is None or weights == "plain" else torch.float16
+        self.native_decoder = None if layers is None else self._native_decoder(layers)
 
     def encode(self, token_ids: Tensor, lengths: SequenceOf[int], attend: RaggedAttend | None = None) -> Tensor:
         """Encoder states [T, d_model] of several prompts' `token_ids` [T], laid one after the other.
@@ -114,7 +127,7 @@ class T5Model:
         `attend` None is the attention that runs everywhere.
         """
         if attend is None:
-            attend = RaggedAttention(lengths, self.encoder_bias, causal=False, device=self.device)
+            attend = self._ragged_attention(lengths, causal=False)
         h = F.embedding(token_ids, self._embedding)
         for layer in self._encoder:
             h += self._self_attention(layer.attention, h, attend)
@@ -147,13 +160,13 @@ class T5Model:
         [2, H, prompt length, D]. `attend` None is the attention that runs everywhere.
         """
         if attend is None:
-            attend = RaggedAttention(lengths, self.decoder_bias, causal=True, device=self.device)
+            attend = self._ragged_attention(lengths, causal=True)
         heads, d_kv = self.config.num_heads, self.config.d_kv
         h = F.embedding(token_ids, self._embedding)
         for layer, keys_values in zip(self._decoder, cross, strict=True):
             h += self._self_attention(layer.attention, h, attend)
             q = layer.cross.q(layer.cross.norm(h)).view(-1, heads, d_kv).transpose(0, 1)
-            key, value = keys_values
+            key, value = keys_values.to(q.dtype)
             attended = F.scaled_dot_product_attention(q[None], key[None], value[None], scale=1.0)
             h += layer.cross.out(attended[0].transpose(0, 1).flatten(1))
             h += self._feed_forward(layer.feed_forward, h)
@@ -168,17 +181,41 @@ class T5Model:
         scaled = states if self._scale == 1.0 else states * self._scale
         return self._head(scaled, best_only)
 
+    def _ragged_attention(self, lengths: SequenceOf[int], *, causal: bool) -> RaggedAttend:
+        bias = self.decoder_bias if causal else self.encoder_bias
+        if self._native:
+            return NativeRaggedAttention(lengths, bias.line(max(lengths)))
+        return RaggedAttention(lengths, bias, causal=causal, device=self.device)
+
     def _self_attention(self, layer: _Attention, h: Tensor, attend: RaggedAttend) -> Tensor:
         x = layer.norm(h)
         q, k, v = layer.qkv(x).view(-1, 3, self.config.num_heads, self.config.d_kv).unbind(1)
         return layer.out(attend(q, k, v).flatten(1))
 
     def _feed_forward(self, layer: _FeedForward, h: Tensor) -> Tensor:
-        x = layer.wi(layer.norm(h))
-        if self.config.gated:
-            gate, linear = x.chunk(2, dim=-1)
-            return layer.wo(self._activation(gate).mul_(linear))
-        return layer.wo(self._activation(x))
+        return layer.wo(self._activation(layer.wi(layer.norm(h))))
+
+    def _native_layers(self) -> list[LayerWeights] | None:
+        """The decoder's layers for our own kernels; None where some are not theirs (int8 without VNNI)."""
+        layers: list[LayerWeights] = []
+        for layer in self._decoder:
+            own, cross, feed = layer.attention, layer.cross, layer.feed_forward
+            linears = (own.qkv, own.out, cross.q, cross.out, feed.wi, feed.wo)
+            native = [linear for linear in linears if isinstance(linear, NativeLinear)]
+            if len(native) < len(linears):
+                return None
+            layers.append(LayerWeights((own.norm.weight, cross.norm.weight, feed.norm.weight), tuple(native)))
+        return layers
+
+    def _native_decoder(self, layers: list[LayerWeights]) -> NativeDecoder:
+        return NativeDecoder(
+            self.config,
+            layers,
+            embedding=self._embedding,
+            bias=self.decoder_bias.by_distance_back(),
+            final_norm=self._decoder_norm.weight,
+            cache_dtype=self.cache_dtype,
+        )
 
 
 class _Head:
@@ -211,27 +248,41 @@ class _Head:
 class _Builder:
     """Takes layers out of a checkpoint, fused and on their device."""
 
-    def __init__(self, checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype, weights: WeightFormat) -> None:
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        device: torch.device,
+        dtype: torch.dtype,
+        weights: WeightFormat,
+        *,
+        native: bool,
+    ) -> None:
         self._checkpoint = checkpoint
         self._device = device
         self._dtype = dtype
         self._weights: WeightFormat = weights
+        self._native = native
 
     def head(self, weight: Tensor) -> Linear:
         """The full product. int8 is not for it: a head in float16 costs a greedy step nothing."""
         weights: WeightFormat = "plain" if self._weights == "plain" else "float16"
-        return make_linear(weight, device=self._device, dtype=self._dtype, weights=weights, few_rows=True)
+        return make_linear(
+            weight, device=self._device, dtype=self._dtype, weights=weights, few_rows=True, native=self._native
+        )
 
-    def shortlist(self, weight: Tensor) -> ShortlistHead | None:
+    def shortlist(self, weight: Tensor) -> ShortlistHead | NativeShortlistHead | None:
         """None where there is no gain or no kernel for it."""
         on_cpu = self._device.type == "cpu" and self._dtype is torch.float32 and fbgemm_available()
         if not on_cpu or weight.shape[0] < MIN_VOCABULARY:
             return None
         half = self._weights != "plain" and Float16Linear.fits(weight)
-        return ShortlistHead(weight.to(torch.float16 if half else torch.float32))
+        weight = weight.to(torch.float16 if half else torch.float32)
+        if self._native and NativeLinear.fits(weight, Kind.INT8):
+            return NativeShortlistHead(weight)
+        return ShortlistHead(weight)
 
     def norm(self, name: str) -> RmsNorm:
-        return RmsNorm(self.tensor(name), self._checkpoint.config.layer_norm_epsilon)
+        return RmsNorm(self.tensor(name), self._checkpoint.config.layer_norm_epsilon, native=self._native)
 
     def tensor(self, name: str) -> Tensor:
         return self._checkpoint[name].to(device=self._device, dtype=self._dtype)
@@ -248,6 +299,7 @@ class _Builder:
             weights=self._weights,
             few_rows=not many_rows,
             delicate=delicate,
+            native=self._native,
         )
 
     def bias(self, stack: str, *, causal: bool) -> RelativeBias:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence as SequenceOf
+from contextlib import nullcontext
 from typing import Protocol
 
 import torch
@@ -61,7 +62,7 @@ class ModelRunner:
                     config.num_heads,
                     config.d_kv,
                     device=model.device,
-                    dtype=model.dtype,
+                    dtype=model.cache_dtype,
                     limit=limit,
                 )
                 for _ in ("self", "cross")
@@ -78,7 +79,10 @@ class ModelRunner:
         lengths = [len(prompt.token_ids) for prompt in prompts]
         token_ids = self._ids([token_id for prompt in prompts for token_id in prompt.token_ids])
         states = self._model.encode(token_ids, lengths)
+        narrow = torch.finfo(torch.float16) if self._model.cache_dtype is torch.float16 else None
         for layer, keys_values in enumerate(self._model.cross_keys_values(states)):
+            if narrow is not None:  # what is beyond float16 becomes its largest number, as in the decode step
+                keys_values.clamp_(narrow.min, narrow.max)
             for prompt, part in zip(prompts, torch.split(keys_values, lengths), strict=True):
                 self._cross_row(prompt)[layer] = part.permute(1, 2, 0, 3)
 
@@ -89,7 +93,15 @@ class ModelRunner:
         return score_candidates(self._model, chunk.candidates, self._cross_row(prompt))
 
     def decode(self, plan: StepPlan) -> Tensor:
+        best_only = [wants_best_only(sequence) for sequence in plan.decode]
+        with nullcontext() if self._threads is None else self._threads(len(plan.decode)):
+            return self._model.logits(self._states(plan), best_only)
+
+    def _states(self, plan: StepPlan) -> Tensor:
+        """One decoder position of all `plan.decode`: [sequences, d_model]."""
         model = self._model
+        if model.native_decoder is not None:
+            return model.native_decoder.step(plan.decode, self.cache)
         batch = DecodeBatch(
             plan.decode,
             plan.prompts,
@@ -98,11 +110,7 @@ class ModelRunner:
             start_token_id=model.config.decoder_start_token_id,
             device=model.device,
         )
-        best_only = [wants_best_only(sequence) for sequence in plan.decode]
-        if self._threads is None:
-            return model.logits(model.decode(batch.input_ids, batch), best_only)
-        with self._threads(len(plan.decode)):
-            return model.logits(model.decode(batch.input_ids, batch), best_only)
+        return model.decode(batch.input_ids, batch)
 
     def sample(self, logits: Tensor, plan: StepPlan) -> Sampled:
         return sample(logits, plan.decode, eos_token_id=self._model.config.eos_token_id)

@@ -20,7 +20,7 @@ from serve.engine.int8_linear import int8_linear, quantized
 
 BLOCK = 128  # tokens that share a bound
 MIN_VOCABULARY = 4096  # below this the full product is as fast
-_MAX_CANDIDATES = 512  # a row; with more, the full product is faster
+MAX_CANDIDATES = 512  # a row; with more, the full product is faster
 _GATHERED = 1024  # candidates whose weights are looked at together: 2 MB for a width of 512
 
 
@@ -29,20 +29,10 @@ class ShortlistHead:
 
     def __init__(self, weight: Tensor) -> None:
         """`weight` [vocabulary, width], the head's own numbers, in float32 or float16."""
-        wide = weight.float()
-        vocabulary, width = weight.shape
-        self._vocabulary = vocabulary
+        self._vocabulary = weight.shape[0]
         self._weight = weight
-        padding = -vocabulary % BLOCK
-        padded = torch.cat((wide, wide.new_zeros(padding, width)))
-        self._product = int8_linear(padded, few_rows=True)
-        numbers, scales = quantized(padded)
-        stored = numbers * scales[:, None]
-        norms = stored.norm(dim=1)
-        # float32 sums of `width` products are off by less than width * 2^-24 of the product of both norms.
-        lost = (padded - stored).norm(dim=1) + norms * width * 2.0**-22
-        self._lost = lost.view(-1, BLOCK).amax(1)  # [blocks]
-        self._norms = norms.view(-1, BLOCK).amax(1) * (1 + 1e-5)
+        self._product = int8_linear(_padded(weight), few_rows=True)
+        self._lost, self._norms = block_bounds(weight)
 
     def __call__(self, states: Tensor) -> tuple[Tensor, Tensor]:
         """Logits [rows, vocabulary] of states [rows, width], and which rows [rows] have too many candidates.
@@ -61,7 +51,7 @@ class ShortlistHead:
         place, column = inside.nonzero(as_tuple=True)
         rows, tokens = row[place], block[place] * BLOCK + column
         crowded = torch.bincount(rows, minlength=states.shape[0])
-        crowded = (crowded > _MAX_CANDIDATES) | (crowded == 0)  # none: not finite
+        crowded = (crowded > MAX_CANDIDATES) | (crowded == 0)  # none: not finite
         if bool(crowded.any()):
             kept = ~crowded[rows]
             rows, tokens = rows[kept], tokens[kept]
@@ -74,3 +64,20 @@ class ShortlistHead:
         # index_select is parallel where weight[tokens] is not.
         picked = ((self._weight.index_select(0, some).float(), states.index_select(0, at)) for at, some in parts)
         return torch.cat([rows_.mul_(states_).sum(-1) for rows_, states_ in picked])
+
+
+def block_bounds(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Of each block of tokens, the largest |w - w'| (and what float32 sums may be off), and |w'|: [blocks] each."""
+    padded = _padded(weight)
+    numbers, scales = quantized(padded)
+    stored = numbers * scales[:, None]
+    norms = stored.norm(dim=1)
+    # float32 sums of `width` products are off by less than width * 2^-24 of the product of both norms.
+    lost = (padded - stored).norm(dim=1) + norms * weight.shape[1] * 2.0**-22
+    return lost.view(-1, BLOCK).amax(1), norms.view(-1, BLOCK).amax(1) * (1 + 1e-5)
+
+
+def _padded(weight: Tensor) -> Tensor:
+    """float32, with zeros up to whole blocks."""
+    wide = weight.float()
+    return torch.cat((wide, wide.new_zeros(-wide.shape[0] % BLOCK, wide.shape[1])))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 
 import torch
@@ -12,12 +13,41 @@ from serve.engine.cache import CacheOperation, ClearRow, CopyRow, ForgetSaved, R
 _SHRINK_BELOW = 4  # a slab gives memory back when fewer than 1/4 of its rows are in use
 
 
+_KEPT_SHARE = 8  # up to 1/8 of the budget is kept as memory that no slab uses at the moment
+
+
 class SlabLimit:
-    """How much all slabs together may take before they stop doubling."""
+    """How much all slabs together may take before they stop doubling; and their memory between two uses.
+
+    Fresh memory is slow: the system clears it, page by page, as it is touched, which for a slab takes as long as some
+    decode steps. So what a slab gives up is kept, within bounds, for the next one, on a CPU.
+    """
 
     def __init__(self, max_bytes: int) -> None:
         self.max_bytes = max_bytes
         self.slabs: list[Slabs] = []
+        self._kept: list[Tensor] = []  # uint8, the ones given last at the end
+
+    def take(self, num_bytes: int, device: torch.device) -> Tensor:
+        """Memory [num_bytes] uint8 with anything in it: the smallest that is kept and not far too big, else new."""
+        fitting = [kept for kept in self._kept if num_bytes <= kept.nbytes <= 2 * num_bytes]
+        if not fitting or device.type != "cpu":
+            return torch.empty(num_bytes, dtype=torch.uint8, device=device)
+        best = min(fitting, key=lambda kept: kept.nbytes)
+        self._kept = [kept for kept in self._kept if kept is not best]
+        return best
+
+    def give(self, memory: Tensor) -> None:
+        """Keep what `take` gave, and forget what has been kept longest where it becomes too much."""
+        if memory.device.type != "cpu":
+            return
+        self._kept.append(memory)
+        while self.kept_bytes > self.max_bytes // _KEPT_SHARE:
+            self._kept.pop(0)
+
+    @property
+    def kept_bytes(self) -> int:
+        return sum(kept.nbytes for kept in self._kept)
 
     @property
     def spare_bytes(self) -> int:
@@ -43,6 +73,7 @@ class Slabs:
         self._limit = limit
         limit.slabs.append(self)
         self._slabs: dict[int, Tensor] = {}
+        self._memory: dict[int, Tensor] = {}  # what each slab lies in
 
     @property
     def bytes_per_token(self) -> int:
@@ -80,6 +111,7 @@ class Slabs:
             used, present = used_rows.get(capacity, 0), self._slabs[capacity].shape[2]
             if used == 0:
                 del self._slabs[capacity]
+                self._limit.give(self._memory.pop(capacity))
             elif used * _SHRINK_BELOW < present:
                 self._resize(capacity, 2 * used)
         for capacity, rows in used_rows.items():
@@ -87,13 +119,18 @@ class Slabs:
 
     def _resize(self, capacity: int, rows: int) -> None:
         layers, heads, d_kv = self._shape
-        slab = torch.empty((layers, 2, rows, heads, capacity, d_kv), device=self._device, dtype=self._dtype)
+        shape = (layers, 2, rows, heads, capacity, d_kv)
+        num_bytes = math.prod(shape) * self._dtype.itemsize
+        memory = self._limit.take(num_bytes, self._device)
+        slab = memory[:num_bytes].view(self._dtype).view(shape)
         old = self._slabs.get(capacity)
         kept = 0 if old is None else min(rows, old.shape[2])
         if old is not None:
             slab[:, :, :kept] = old[:, :, :kept]
         slab[:, :, kept:] = 0
-        self._slabs[capacity] = slab
+        if old is not None:
+            self._limit.give(self._memory[capacity])
+        self._slabs[capacity], self._memory[capacity] = slab, memory
 
 
 class CacheTensors:

@@ -55,7 +55,9 @@ class ThreadChoice:
             with torch.inference_mode(), _on(threads):
                 for _ in range(_TRIES):
                     began = time.perf_counter()
-                    model.logits(model.decode(ids, NoCache()), [True] * rows)
+                    native = model.native_decoder
+                    states = model.decode(ids, NoCache()) if native is None else native.try_step(rows)
+                    model.logits(states, [True] * rows)
                     least = min(least, time.perf_counter() - began)
                     if least > _SLOW_SECONDS:
                         break

@@ -1,0 +1,92 @@
+/* T5's decode step on an x86-64 processor in one call: what the layers, the cache and the batch are is told by tables
+ * of addresses. Threads are OpenMP's, from the library that torch has loaded already, so both have one pool of them. */
+#include "types.h"
+
+enum { NONE, WITH_AVX2, WITH_AVX512, WITH_AVX512_VNNI };
+
+#if defined(__x86_64__) && defined(__GNUC__)
+
+/* What this processor, and its operating system, can do. */
+int64_t flan_level(void) {
+    __builtin_cpu_init();
+    if (!(__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c")))
+        return NONE;
+    if (!(__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+          __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq")))
+        return WITH_AVX2;
+    return __builtin_cpu_supports("avx512vnni") ? WITH_AVX512_VNNI : WITH_AVX512;
+}
+
+static const Kernels *kernels_of(int64_t level) {
+    return level == WITH_AVX2 ? &kernels_avx2 : level == WITH_AVX512 ? &kernels_avx512 : &kernels_avx512_vnni;
+}
+
+#include <omp.h>
+
+#define PARALLEL(call)                                                                                                \
+    const Kernels *kernels = kernels_of(level);                                                                       \
+    if (threads == 1) {                                                                                               \
+        const int64_t thread = 0;                                                                                     \
+        kernels->call;                                                                                                \
+        return;                                                                                                       \
+    }                                                                                                                 \
+    _Pragma("omp parallel num_threads((int)threads)") {                                                               \
+        const int64_t thread = omp_get_thread_num(), threads = omp_get_num_threads();                                 \
+        kernels->call;                                                                                                \
+    }
+
+/* One decoder position of each of `batch` sequences: out [batch, d_model] are the normalized states. */
+void flan_step(int64_t level, int64_t threads, const Model *model, const Row *rows, int64_t batch, Scratch *scratch,
+               float *out) {
+    scratch->self_cost = scratch->cross_cost = 0;
+    for (int64_t row = 0; row < batch; row++) {
+        scratch->self_cost += model->heads * (rows[row].position + 1 + HEAD_COST);
+        scratch->cross_cost += model->heads * (rows[row].cross_length + HEAD_COST);
+    }
+    PARALLEL(step(model, rows, batch, scratch, thread, threads, out))
+}
+
+/* out [rows, 64 * blocks] = x [rows, inputs] W^T. `bytes` are room for int8 layers' rows. */
+void flan_linear(int64_t level, int64_t threads, const Linear *linear, const float *x, int64_t rows, Bytes *bytes,
+                 float *out) {
+    PARALLEL(linear(linear, x, rows, bytes, thread, threads, out))
+}
+
+/* T5's norm of x [rows, width]. */
+void flan_normalize(int64_t level, int64_t threads, const float *x, const float *weight, double epsilon, int64_t rows,
+                    int64_t width, float *out) {
+    PARALLEL(normalize(x, weight, epsilon, rows, width, thread, threads, out))
+}
+
+/* The activation of x [rows, width]; gated: of x [rows, 2 * width], the first half of which gates the second. */
+void flan_activate(int64_t level, int64_t threads, int64_t activation, int64_t gated, const float *x, int64_t rows,
+                   int64_t width, float *out) {
+    PARALLEL(activate(activation, gated, x, rows, width, thread, threads, out))
+}
+
+/* Self-attention within each text. `room_step` is at least what flan_attention_room says. */
+void flan_attention(int64_t level, int64_t threads, Texts *texts) {
+    texts->cost = 0;
+    for (int64_t text = 0; text < texts->texts; text++)
+        texts->cost += texts->heads * texts->lengths[text] * texts->lengths[text];
+    PARALLEL(attend(texts, thread, threads))
+}
+
+/* Logits [rows, padded] that are good for an argmax, and in `candidates` [rows] how many were computed exactly. */
+void flan_shortlist(int64_t level, int64_t threads, const Head *head, const float *states, int64_t rows,
+                    HeadScratch *scratch, float *logits) {
+    memset(scratch->candidates, 0, (size_t)(threads * rows) * sizeof(int64_t));
+    PARALLEL(shortlist(head, states, rows, scratch, thread, threads, logits))
+}
+
+/* float32 that a thread needs for texts of up to `longest` tokens. */
+int64_t flan_attention_room(int64_t longest, int64_t d_kv) {
+    const int64_t padded = (longest + BLOCK - 1) / BLOCK * BLOCK, width = (d_kv + BLOCK - 1) / BLOCK * BLOCK;
+    return padded * d_kv + longest * width + ATTENTION_PIECE * (padded + width);
+}
+
+#else
+
+int64_t flan_level(void) { return NONE; }
+
+#endif

@@ -1,0 +1,612 @@
+/* The kernels, written once over sixteen lanes and compiled for each instruction set: avx2.c and avx512.c include this
+ * after their lanes. What each product and each attention computes for a row does not depend on the other rows of the batch,
+ * nor on the number of threads, bit for bit: every sum runs over k, or over positions, in one order. */
+
+#define BARRIER _Pragma("omp barrier")
+
+static inline vf NAME(exponential)(vf x) {
+    /* NaN stays NaN: v_min and v_max return their second argument then. */
+    x = v_max(v_all(-87.0f), v_min(v_all(88.0f), x));
+    const vf n = v_round(v_mul(x, v_all(1.44269504f)));
+    vf r = v_fma(n, v_all(-0.693359375f), x); /* ln 2 in two parts */
+    r = v_fma(n, v_all(2.12194440e-4f), r);
+    vf p = v_fma(v_all(1.9875691500e-4f), r, v_all(1.3981999507e-3f)); /* Cephes' polynomial: 2e-7 relative */
+    p = v_fma(p, r, v_all(8.3334519073e-3f));
+    p = v_fma(p, r, v_all(4.1665795894e-2f));
+    p = v_fma(p, r, v_all(1.6666665459e-1f));
+    p = v_fma(p, r, v_all(5.0000001201e-1f));
+    p = v_fma(p, v_mul(r, r), v_add(r, v_all(1.0f)));
+    return v_scale(p, n);
+}
+
+static inline vf NAME(activate)(int64_t activation, vf x) {
+    if (activation == RELU) return v_max(v_zero(), x);
+    vf z = x; /* SiLU: x sigmoid(x) */
+    if (activation == GELU_TANH) { /* x sigmoid(2 u), u = sqrt(2 / pi) (x + 0.044715 x^3): the same as by tanh */
+        const vf square = v_mul(x, x);
+        z = v_mul(x, v_fma(square, v_all(2.0f * 0.7978845608f * 0.044715f), v_all(2.0f * 0.7978845608f)));
+    }
+    return v_div(x, v_add(v_all(1.0f), NAME(exponential)(v_sub(v_zero(), z))));
+}
+
+static void NAME(normalize)(const float *x, const float *weight, float epsilon, int64_t width, float *out) {
+    vf sum = v_zero();
+    for (int64_t k = 0; k < width; k += LANES) {
+        const vf v = v_load(x + k);
+        sum = v_fma(v, v, sum);
+    }
+    const vf inverse = v_all(1.0f / sqrtf(v_sum(sum) / (float)width + epsilon));
+    for (int64_t k = 0; k < width; k += LANES) v_store(out + k, v_mul(v_mul(v_load(x + k), inverse), v_load(weight + k)));
+}
+
+/* -- products with float weights ------------------------------------------------------------------------------------
+ * Weights lie in blocks of 64 outputs: [blocks][inputs][64]. A tile is up to MAX_ROWS rows by `panels` x 16 outputs. */
+
+static inline __attribute__((always_inline)) void NAME(float_tile)(
+    const int rows, const int panels, const int half, const int add, const float *x, int64_t x_step,
+    const char *weight, const char *ahead, int64_t inputs, float *out, int64_t out_step) {
+    vf sums[MAX_ROWS][4];
+    const int size = half ? 2 : 4;
+#pragma GCC unroll 6
+    for (int r = 0; r < rows; r++)
+#pragma GCC unroll 4
+        for (int p = 0; p < panels; p++) sums[r][p] = v_zero();
+    for (int64_t k = 0; k < inputs; k++) {
+        const char *w = weight + k * BLOCK * size;
+        vf part[4];
+#pragma GCC unroll 4
+        for (int line = 0; line < size; line++) __builtin_prefetch(ahead + k * BLOCK * size + line * 64, 0, 2);
+#pragma GCC unroll 4
+        for (int p = 0; p < panels; p++)
+            part[p] = half ? v_half((const uint16_t *)w + p * LANES) : v_load((const float *)w + p * LANES);
+#pragma GCC unroll 6
+        for (int r = 0; r < rows; r++) {
+            const vf one = v_all(x[r * x_step + k]);
+#pragma GCC unroll 4
+            for (int p = 0; p < panels; p++) sums[r][p] = v_fma(one, part[p], sums[r][p]);
+        }
+    }
+#pragma GCC unroll 6
+    for (int r = 0; r < rows; r++)
+#pragma GCC unroll 4
+        for (int p = 0; p < panels; p++) {
+            float *to = out + r * out_step + p * LANES;
+            v_store(to, add ? v_add(v_load(to), sums[r][p]) : sums[r][p]);
+        }
+}
+
+/* How many panels a tile of so many rows takes, so that its sums stay in registers. Where they do not fit together the
+ * weights of a block are read more than once, which is good only as long as they are in the cache. */
+#if MAX_PANELS == 4
+#define FLOAT_PANELS(rows) 4
+#else
+#define FLOAT_PANELS(rows) ((rows) == 1 ? 4 : (rows) <= 3 ? 2 : 1)
+#endif
+
+#define FLOAT_ROWS(rows)                                                                                              \
+    case rows:                                                                                                        \
+        for (int p = 0; p < 4; p += FLOAT_PANELS(rows))                                                               \
+            NAME(float_tile)(rows, FLOAT_PANELS(rows), half, add, x, x_step, weight + p * LANES * (half ? 2 : 4),      \
+                             ahead, inputs, out + p * LANES, out_step);                                                      \
+        break;
+
+static inline __attribute__((always_inline)) void NAME(float_rows)(
+    const int half, const int add, int64_t rows, const float *x, int64_t x_step, const char *weight,
+    const char *ahead, int64_t inputs, float *out, int64_t out_step) {
+    switch (rows) {
+        FLOAT_ROWS(1)
+        FLOAT_ROWS(2)
+        FLOAT_ROWS(3)
+        FLOAT_ROWS(4)
+        FLOAT_ROWS(5)
+        FLOAT_ROWS(6)
+    }
+}
+
+static void NAME(float32_rows)(int64_t add, int64_t rows, const float *x, int64_t x_step, const char *w,
+                               const char *ahead, int64_t inputs, float *out, int64_t out_step) {
+    if (add) NAME(float_rows)(0, 1, rows, x, x_step, w, ahead, inputs, out, out_step);
+    else NAME(float_rows)(0, 0, rows, x, x_step, w, ahead, inputs, out, out_step);
+}
+
+static void NAME(float16_rows)(int64_t add, int64_t rows, const float *x, int64_t x_step, const char *w,
+                               const char *ahead, int64_t inputs, float *out, int64_t out_step) {
+    if (add) NAME(float_rows)(1, 1, rows, x, x_step, w, ahead, inputs, out, out_step);
+    else NAME(float_rows)(1, 0, rows, x, x_step, w, ahead, inputs, out, out_step);
+}
+
+/* -- products with int8 weights -------------------------------------------------------------------------------------
+ * A row is divided by its largest magnitude and rounded to -127..127, plus 128; weights lie as [blocks][inputs / 4][64]
+ * [4]. Sums are integers, so exact in any order. Only with VNNI, which sums four products in 32 bits. */
+
+#ifdef WITH_VNNI
+/* `x` in levels as bytes, `rest` (or NULL) what that leaves over in levels of 1/254; returns the largest magnitude,
+ * NaN where the row is not finite. */
+static float NAME(quantize)(const float *x, int64_t width, uint8_t *levels, uint8_t *rest) {
+    vf most = v_zero(), check = v_zero();
+    for (int64_t k = 0; k < width; k += LANES) {
+        const vf v = v_load(x + k);
+        most = v_max(most, v_abs(v));
+        check = v_fma(v, v_zero(), check);
+    }
+    const float largest = v_largest(most);
+    const vf factor = v_all(largest > 1e-30f ? 127.0f / largest : 0.0f);
+    const __m512i shift = _mm512_set1_epi32(128);
+    for (int64_t k = 0; k < width; k += LANES) {
+        const vf exact = v_mul(v_load(x + k), factor), whole = v_round(exact);
+        _mm_storeu_si128((__m128i *)(levels + k),
+                         _mm512_cvtepi32_epi8(_mm512_add_epi32(_mm512_cvtps_epi32(whole), shift)));
+        if (rest != NULL) {
+            const vf left = v_mul(v_sub(exact, whole), v_all(254.0f));
+            _mm_storeu_si128((__m128i *)(rest + k),
+                             _mm512_cvtepi32_epi8(_mm512_add_epi32(_mm512_cvtps_epi32(left), shift)));
+        }
+    }
+    return largest + v_sum(check);
+}
+
+static inline __attribute__((always_inline)) void NAME(int8_tile)(
+    const int rows, const int panels, const int add, const int first, const uint8_t *x, int64_t x_step,
+    const int8_t *weight, const int8_t *ahead, const int32_t *offsets, const float *scales, int64_t inputs, float unit,
+    const float *largest, float *out, int64_t out_step) {
+    __m512i sums[INT8_ROWS_MAX][4];
+#pragma GCC unroll 6
+    for (int r = 0; r < rows; r++)
+#pragma GCC unroll 4
+        for (int p = 0; p < panels; p++) sums[r][p] = _mm512_setzero_si512();
+    for (int64_t k = 0; k < inputs; k += 4) {
+        const int8_t *w = weight + k * BLOCK;
+        __m512i part[4];
+#pragma GCC unroll 4
+        for (int p = 0; p < panels; p++) part[p] = _mm512_loadu_si512(w + p * 64);
+#pragma GCC unroll 4
+        for (int p = 0; p < panels; p++) __builtin_prefetch(ahead + k * BLOCK + p * 64, 0, 2);
+#pragma GCC unroll 6
+        for (int r = 0; r < rows; r++) {
+            int32_t four;
+            memcpy(&four, x + r * x_step + k, 4);
+            const __m512i one = _mm512_set1_epi32(four);
+#pragma GCC unroll 4
+            for (int p = 0; p < panels; p++) 
+                /* As the intrinsic, for which GCC 12 copies every sum to and fro. */
+                __asm__("vpdpbusd %2, %1, %0" : "+v"(sums[r][p]) : "v"(one), "v"(part[p]));
+        }
+    }
+#pragma GCC unroll 6
+    for (int r = 0; r < rows; r++) {
+        const vf row = v_all(largest[r] * unit);
+#pragma GCC unroll 4
+        for (int p = 0; p < panels; p++) {
+            float *to = out + r * out_step + p * LANES;
+            const __m512i whole = _mm512_sub_epi32(sums[r][p], _mm512_loadu_si512(offsets + p * LANES));
+            const vf value = v_mul(v_mul(_mm512_cvtepi32_ps(whole), v_load(scales + p * LANES)), row);
+            v_store(to, add || !first ? v_add(v_load(to), value) : value);
+        }
+    }
+}
+
+#define INT8_ROWS(rows)                                                                                               \
+    case rows:                                                                                                        \
+        NAME(int8_tile)(rows, 4, add, first, x, x_step, weight, ahead, offsets, scales, inputs, unit, largest,    \
+                        out, out_step);                                                                               \
+        break;
+
+static void NAME(int8_rows)(int add, int first, int64_t rows, const uint8_t *x, int64_t x_step, const int8_t *weight,
+                            const int8_t *ahead, const int32_t *offsets, const float *scales, int64_t inputs, float unit,
+                            const float *largest, float *out, int64_t out_step) {
+    switch (rows) {
+        INT8_ROWS(1)
+        INT8_ROWS(2)
+        INT8_ROWS(3)
+        INT8_ROWS(4)
+        INT8_ROWS(5)
+        INT8_ROWS(6)
+    }
+}
+#endif
+
+/* One thread's share of out [rows, outputs] (+)= x W^T: blocks `first`..`last` - 1 of 64 outputs, of all rows.
+ * `padded` outputs are written; out_step leaves room for them. int8 layers read `bytes`, the quantized rows. */
+static void NAME(product)(const Linear *linear, const float *x, int64_t x_step, const Bytes *bytes, int64_t rows,
+                          int64_t first, int64_t last, int add, float *out, int64_t out_step) {
+    const int64_t inputs = linear->inputs, most = linear->kind >= INT8 ? INT8_ROWS_MAX : MAX_ROWS;
+    const int64_t pieces = (rows + most - 1) / most;
+    const int64_t size = linear->kind == FLOAT32 ? 4 : linear->kind == FLOAT16 ? 2 : 1;
+    for (int64_t block = first; block < last; block++) {
+        const char *weight = (const char *)linear->weight + block * BLOCK * inputs * size;
+        for (int64_t piece = 0; piece < pieces; piece++) {
+            const int64_t from = rows * piece / pieces, count = rows * (piece + 1) / pieces - from;
+            float *to = out + from * out_step + block * BLOCK;
+            /* While the last rows are computed the memory would be idle: the next block comes into the cache. */
+            const char *ahead = piece == pieces - 1 && block + 1 < last ? weight + BLOCK * inputs * size : weight;
+            if (linear->kind == FLOAT32)
+                NAME(float32_rows)(add, count, x + from * x_step, x_step, weight, ahead, inputs, to, out_step);
+            else if (linear->kind == FLOAT16)
+                NAME(float16_rows)(add, count, x + from * x_step, x_step, weight, ahead, inputs, to, out_step);
+#ifdef WITH_VNNI
+            else {
+                const int8_t *w = (const int8_t *)weight, *next = (const int8_t *)ahead;
+                const int32_t *offsets = linear->offsets + block * BLOCK;
+                const float *scales = linear->scales + block * BLOCK, *largest = bytes->largest + from;
+                NAME(int8_rows)(add, 1, count, bytes->levels + from * bytes->step, bytes->step, w, next, offsets,
+                                scales, inputs, 1.0f / 127.0f, largest, to, out_step);
+                if (linear->kind == INT8_FINE)
+                    NAME(int8_rows)(add, 0, count, bytes->rest + from * bytes->step, bytes->step, w, next, offsets,
+                                    scales, inputs, 1.0f / (127.0f * 254.0f), largest, to, out_step);
+            }
+#else
+            (void)bytes;
+#endif
+        }
+    }
+}
+
+/* -- attention of one head of one sequence ---------------------------------------------------------------------------
+ * keys, values [length, d_kv] as they lie in the cache; `bias` (or NULL) by distance from the query, which stands at
+ * the last position. `scores` has room for `length`, rounded up to LANES. */
+
+#define CACHED(p) (half ? v_half((const uint16_t *)(p)) : v_load((const float *)(p)))
+
+static inline __attribute__((always_inline)) void NAME(attend_over)(
+    const int half, const float *q, const char *keys, const char *values, int64_t length, int64_t d_kv,
+    const float *bias, int64_t max_distance, float *scores, float *out) {
+    const int64_t parts = d_kv / LANES, size = half ? 2 : 4;
+    vf query[MAX_PARTS], sums[MAX_PARTS];
+    for (int64_t p = 0; p < parts; p++) query[p] = v_load(q + p * LANES);
+    for (int64_t t = 0; t < length; t++) {
+        const char *key = keys + t * d_kv * size;
+        vf sum = v_mul(query[0], CACHED(key));
+        for (int64_t p = 1; p < parts; p++) sum = v_fma(query[p], CACHED(key + p * LANES * size), sum);
+        scores[t] = v_sum(sum);
+    }
+    if (bias != NULL)
+        for (int64_t t = 0; t < length; t++) {
+            const int64_t distance = length - 1 - t;
+            scores[t] += bias[distance < max_distance ? distance : max_distance];
+        }
+    const int64_t padded = (length + LANES - 1) / LANES * LANES;
+    for (int64_t t = length; t < padded; t++) scores[t] = -INFINITY;
+    vf most = v_load(scores);
+    for (int64_t t = LANES; t < padded; t += LANES) most = v_max(most, v_load(scores + t));
+    const vf top = v_all(v_largest(most));
+    vf total = v_zero();
+    for (int64_t t = 0; t < padded; t += LANES) {
+        const vf weight = NAME(exponential)(v_sub(v_load(scores + t), top));
+        total = v_add(total, weight);
+        v_store(scores + t, weight);
+    }
+    for (int64_t p = 0; p < parts; p++) sums[p] = v_zero();
+    for (int64_t t = 0; t < length; t++) {
+        const vf weight = v_all(scores[t]);
+        const char *value = values + t * d_kv * size;
+        for (int64_t p = 0; p < parts; p++) sums[p] = v_fma(weight, CACHED(value + p * LANES * size), sums[p]);
+    }
+    const vf inverse = v_all(1.0f / v_sum(total));
+    for (int64_t p = 0; p < parts; p++) v_store(out + p * LANES, v_mul(sums[p], inverse));
+}
+
+static void NAME(attend)(int64_t half, const float *q, const char *keys, const char *values, int64_t length,
+                         int64_t d_kv, const float *bias, int64_t max_distance, float *scores, float *out) {
+#define ATTEND(half, d_kv) NAME(attend_over)(half, q, keys, values, length, d_kv, bias, max_distance, scores, out)
+    if (half && d_kv == 64) ATTEND(1, 64);
+    else if (d_kv == 64) ATTEND(0, 64);
+    else if (half) ATTEND(1, d_kv);
+    else ATTEND(0, d_kv);
+#undef ATTEND
+}
+
+/* Keep one head's key or value; a half cache keeps what is beyond float16 as its largest number. */
+static void NAME(keep)(int64_t half, const float *from, int64_t d_kv, char *to) {
+    if (!half) {
+        memcpy(to, from, (size_t)d_kv * 4);
+        return;
+    }
+    for (int64_t d = 0; d < d_kv; d += LANES) {
+        const vf x = v_max(v_all(-65504.0f), v_min(v_all(65504.0f), v_load(from + d)));
+        v_store_half((uint16_t *)to + d, x);
+    }
+}
+
+/* -- the decode step, by one of `threads` threads -------------------------------------------------------------------- */
+
+static void NAME(prepare_rows)(const Linear *linear, const float *x, int64_t x_step, Bytes *bytes, int64_t row) {
+#ifdef WITH_VNNI
+    if (linear->kind >= INT8)
+        bytes->largest[row] = NAME(quantize)(x + row * x_step, linear->inputs, bytes->levels + row * bytes->step,
+                                             linear->kind == INT8_FINE ? bytes->rest + row * bytes->step : NULL);
+#else
+    (void)linear, (void)x, (void)x_step, (void)bytes, (void)row;
+#endif
+}
+
+static void NAME(step)(const Model *model, const Row *rows, int64_t batch, Scratch *s, int64_t thread, int64_t threads,
+                       float *out) {
+    const int64_t width = model->d_model, heads = model->heads, d_kv = model->d_kv, inner = heads * d_kv;
+    const int64_t low = batch * thread / threads, high = batch * (thread + 1) / threads;
+    const int64_t half = model->half_cache, size = half ? 2 : 4;
+    float *scores = s->scores + thread * s->scores_step;
+#define SHARE(count) (count) * thread / threads, (count) * (thread + 1) / threads
+#define NORMALIZED(weights, linear)                                                                                   \
+    for (int64_t row = low; row < high; row++) {                                                                      \
+        NAME(normalize)(s->h + row * s->h_step, weights, (float)model->epsilon, width, s->x + row * s->x_step);              \
+        NAME(prepare_rows)(linear, s->x, s->x_step, &s->bytes, row);                                                  \
+    }                                                                                                                 \
+    BARRIER
+#define ADDED(linear, from, from_step)                                                                                \
+    if ((linear)->kind >= INT8) {                                                                                     \
+        for (int64_t row = low; row < high; row++) NAME(prepare_rows)(linear, from, from_step, &s->bytes, row);        \
+        BARRIER                                                                                                       \
+    }                                                                                                                 \
+    NAME(product)(linear, from, from_step, &s->bytes, batch, SHARE((linear)->blocks), 1, s->h, s->h_step);            \
+    BARRIER
+    for (int64_t row = low; row < high; row++)
+        memcpy(s->h + row * s->h_step, model->embedding + rows[row].token * width, (size_t)width * 4);
+    for (int64_t number = 0; number < model->layers; number++) {
+        const Layer *layer = model->layer + number;
+        NORMALIZED(layer->self_norm, &layer->qkv)
+        NAME(product)(&layer->qkv, s->x, s->x_step, &s->bytes, batch, SHARE(layer->qkv.blocks), 0, s->y, s->y_step);
+        BARRIER
+        {
+            const int64_t from = s->self_cost * thread / threads, to = s->self_cost * (thread + 1) / threads;
+            int64_t cost = 0;
+            for (int64_t row = 0; row < batch && cost < to; row++) {
+                const Row *r = rows + row;
+                const int64_t length = r->position + 1, one = length + HEAD_COST;
+                if (cost + one * heads <= from) {
+                    cost += one * heads;
+                    continue;
+                }
+                for (int64_t head = 0; head < heads; head++, cost += one) {
+                    if (cost < from || cost >= to) continue;
+                    const float *q = s->y + row * s->y_step + head * d_kv;
+                    char *keys = r->self_rows + (number * r->self_layer_step + head * r->self_head_step) * size;
+                    char *values = keys + r->self_kind_step * size;
+                    NAME(keep)(half, q + inner, d_kv, keys + r->position * d_kv * size);
+                    NAME(keep)(half, q + 2 * inner, d_kv, values + r->position * d_kv * size);
+                    NAME(attend)(half, q, keys, values, length, d_kv, model->bias + head * (model->max_distance + 1),
+                                 model->max_distance, scores, s->x + row * s->x_step + head * d_kv);
+                }
+            }
+        }
+        BARRIER
+        ADDED(&layer->self_out, s->x, s->x_step)
+        NORMALIZED(layer->cross_norm, &layer->cross_q)
+        NAME(product)(&layer->cross_q, s->x, s->x_step, &s->bytes, batch, SHARE(layer->cross_q.blocks), 0, s->y,
+                      s->y_step);
+        BARRIER
+        {
+            const int64_t from = s->cross_cost * thread / threads, to = s->cross_cost * (thread + 1) / threads;
+            int64_t cost = 0;
+            for (int64_t row = 0; row < batch && cost < to; row++) {
+                const Row *r = rows + row;
+                const int64_t one = r->cross_length + HEAD_COST;
+                if (cost + one * heads <= from) {
+                    cost += one * heads;
+                    continue;
+                }
+                for (int64_t head = 0; head < heads; head++, cost += one) {
+                    if (cost < from || cost >= to) continue;
+                    const char *keys =
+                        r->cross_rows + (number * r->cross_layer_step + head * r->cross_head_step) * size;
+                    NAME(attend)(half, s->y + row * s->y_step + head * d_kv, keys, keys + r->cross_kind_step * size,
+                                 r->cross_length, d_kv, NULL, 0, scores, s->x + row * s->x_step + head * d_kv);
+                }
+            }
+        }
+        BARRIER
+        ADDED(&layer->cross_out, s->x, s->x_step)
+        NORMALIZED(layer->feed_norm, &layer->wi)
+        {
+            /* A thread computes the same outputs of both halves, so it needs nobody else's to join them. */
+            const int64_t blocks = model->gated ? layer->wi.blocks / 2 : layer->wi.blocks;
+            const int64_t from = blocks * thread / threads, to = blocks * (thread + 1) / threads;
+            NAME(product)(&layer->wi, s->x, s->x_step, &s->bytes, batch, from, to, 0, s->y, s->y_step);
+            if (model->gated)
+                NAME(product)(&layer->wi, s->x, s->x_step, &s->bytes, batch, blocks + from, blocks + to, 0, s->y,
+                              s->y_step);
+            for (int64_t row = 0; row < batch; row++) {
+                float *y = s->y + row * s->y_step;
+                for (int64_t k = from * BLOCK; k < to * BLOCK; k += LANES) {
+                    vf value = NAME(activate)(model->activation, v_load(y + k));
+                    if (model->gated) value = v_mul(value, v_load(y + blocks * BLOCK + k));
+                    v_store(y + k, value);
+                }
+            }
+        }
+        BARRIER
+        ADDED(&layer->wo, s->y, s->y_step)
+    }
+    for (int64_t row = low; row < high; row++)
+        NAME(normalize)(s->h + row * s->h_step, model->final_norm, (float)model->epsilon, width, out + row * width);
+#undef SHARE
+#undef NORMALIZED
+#undef ADDED
+}
+
+/* -- single operations over many rows -------------------------------------------------------------------------------- */
+
+static void NAME(linear)(const Linear *linear, const float *x, int64_t rows, Bytes *bytes, int64_t thread,
+                         int64_t threads, float *out) {
+    if (linear->kind >= INT8) {
+        for (int64_t row = rows * thread / threads; row < rows * (thread + 1) / threads; row++)
+            NAME(prepare_rows)(linear, x, linear->inputs, bytes, row);
+        BARRIER
+    }
+    /* Pieces of rows times blocks of outputs: enough of them for every thread, and of a size for the cache. */
+    const int64_t pieces = (rows + PIECE_ROWS - 1) / PIECE_ROWS, units = pieces * linear->blocks;
+    for (int64_t unit = units * thread / threads; unit < units * (thread + 1) / threads; unit++) {
+        const int64_t piece = unit / linear->blocks, block = unit % linear->blocks;
+        const int64_t from = rows * piece / pieces, count = rows * (piece + 1) / pieces - from;
+        Bytes part = *bytes;
+        part.levels += from * part.step;
+        part.rest += from * part.step;
+        part.largest += from;
+        NAME(product)(linear, x + from * linear->inputs, linear->inputs, &part, count, block, block + 1, 0,
+                      out + from * linear->blocks * BLOCK, linear->blocks * BLOCK);
+    }
+}
+
+static void NAME(normalize_rows)(const float *x, const float *weight, double epsilon, int64_t rows, int64_t width,
+                                 int64_t thread, int64_t threads, float *out) {
+    for (int64_t row = rows * thread / threads; row < rows * (thread + 1) / threads; row++)
+        NAME(normalize)(x + row * width, weight, (float)epsilon, width, out + row * width);
+}
+
+static void NAME(activate_rows)(int64_t activation, int64_t gated, const float *x, int64_t rows, int64_t width,
+                                int64_t thread, int64_t threads, float *out) {
+    for (int64_t row = rows * thread / threads; row < rows * (thread + 1) / threads; row++) {
+        const float *from = x + row * width * (gated ? 2 : 1);
+        for (int64_t k = 0; k < width; k += LANES) {
+            vf value = NAME(activate)(activation, v_load(from + k));
+            if (gated) value = v_mul(value, v_load(from + width + k));
+            v_store(out + row * width + k, value);
+        }
+    }
+}
+
+/* -- attention within texts -------------------------------------------------------------------------------------------
+ * A unit is up to ATTENTION_ROWS queries of one head of one text. Its keys are laid out as a product's weights, so are
+ * its values, and two products do the rest. `line` [heads, 2 * longest - 1] is the bias of a key's distance. */
+
+static void NAME(soften)(float *score, const float *bias, int64_t length, int64_t padded) {
+    for (int64_t at = 0; at < length; at++) score[at] += bias[at];
+    for (int64_t at = length; at < padded; at++) score[at] = -INFINITY;
+    vf most = v_load(score);
+    for (int64_t at = LANES; at < padded; at += LANES) most = v_max(most, v_load(score + at));
+    const vf top = v_all(v_largest(most));
+    vf total = v_zero();
+    for (int64_t at = 0; at < padded; at += LANES) {
+        const vf weight = NAME(exponential)(v_sub(v_load(score + at), top));
+        total = v_add(total, weight);
+        v_store(score + at, weight);
+    }
+    const vf inverse = v_all(1.0f / v_sum(total));
+    for (int64_t at = 0; at < padded; at += LANES) v_store(score + at, v_mul(v_load(score + at), inverse));
+}
+
+static void NAME(attend_unit)(const Texts *t, int64_t start, int64_t length, int64_t head, int64_t first, int64_t last,
+                              float *room) {
+    const int64_t d_kv = t->d_kv, blocks = (length + BLOCK - 1) / BLOCK, padded = blocks * BLOCK;
+    const int64_t parts = (d_kv + BLOCK - 1) / BLOCK;
+    float *keys = room, *values = keys + padded * d_kv, *scores = values + parts * length * BLOCK;
+    float *result = scores + ATTENTION_PIECE * padded;
+    for (int64_t at = 0; at < padded; at++) {
+        const float *key = t->k + (start + at) * t->step + head * d_kv;
+        float *to = keys + at / BLOCK * d_kv * BLOCK + at % BLOCK;
+        for (int64_t d = 0; d < d_kv; d++) to[d * BLOCK] = at < length ? key[d] : 0.0f;
+    }
+    for (int64_t part = 0; part < parts; part++)
+        for (int64_t at = 0; at < length; at++) {
+            const float *value = t->v + (start + at) * t->step + head * d_kv + part * BLOCK;
+            float *to = values + (part * length + at) * BLOCK;
+            const int64_t count = d_kv - part * BLOCK < BLOCK ? d_kv - part * BLOCK : BLOCK;
+            memcpy(to, value, (size_t)count * 4);
+            memset(to + count, 0, (size_t)(BLOCK - count) * 4);
+        }
+    const Linear by_keys = {FLOAT32, d_kv, blocks, keys, NULL, NULL};
+    const Linear by_values = {FLOAT32, length, parts, values, NULL, NULL};
+    const float *line = t->line + head * (2 * t->longest - 1) + t->longest - 1;
+    for (int64_t from = first; from < last; from += ATTENTION_PIECE) {
+        const int64_t count = last - from < ATTENTION_PIECE ? last - from : ATTENTION_PIECE;
+        NAME(product)(&by_keys, t->q + (start + from) * t->step + head * d_kv, t->step, NULL, count, 0, blocks, 0,
+                      scores, padded);
+        for (int64_t row = 0; row < count; row++)
+            NAME(soften)(scores + row * padded, line - (from + row), length, padded);
+        NAME(product)(&by_values, scores, padded, NULL, count, 0, parts, 0, result, parts * BLOCK);
+        for (int64_t row = 0; row < count; row++)
+            memcpy(t->out + ((start + from + row) * t->heads + head) * d_kv, result + row * parts * BLOCK,
+                   (size_t)d_kv * 4);
+    }
+}
+
+static void NAME(attend_texts)(const Texts *t, int64_t thread, int64_t threads) {
+    const int64_t from = t->cost * thread / threads, to = t->cost * (thread + 1) / threads;
+    int64_t start = 0, cost = 0;
+    for (int64_t text = 0; text < t->texts; text++) {
+        const int64_t length = t->lengths[text];
+        for (int64_t head = 0; head < t->heads; head++)
+            for (int64_t first = 0; first < length; first += ATTENTION_ROWS) {
+                const int64_t last = length - first < ATTENTION_ROWS ? length : first + ATTENTION_ROWS;
+                if (cost >= from && cost < to)
+                    NAME(attend_unit)(t, start, length, head, first, last, t->room + thread * t->room_step);
+                cost += (last - first) * length;
+            }
+        start += length;
+    }
+}
+
+/* -- the shortlist head ------------------------------------------------------------------------------------------------ */
+
+#ifdef WITH_VNNI
+static float NAME(dot)(const Head *head, int64_t token, const float *state) {
+    const int64_t width = head->product.inputs;
+    vf sum = v_zero();
+    for (int64_t k = 0; k < width; k += LANES) {
+        const vf weight = head->half ? v_half((const uint16_t *)head->weight + token * width + k)
+                                     : v_load((const float *)head->weight + token * width + k);
+        sum = v_fma(weight, v_load(state + k), sum);
+    }
+    return v_sum(sum);
+}
+
+static void NAME(shortlist)(const Head *head, const float *states, int64_t rows, HeadScratch *s, int64_t thread,
+                            int64_t threads, float *logits) {
+    const int64_t width = head->product.inputs, blocks = head->padded / SHORTLIST_BLOCK;
+    const int64_t low = blocks * thread / threads, high = blocks * (thread + 1) / threads;
+    for (int64_t row = rows * thread / threads; row < rows * (thread + 1) / threads; row++) {
+        const float *state = states + row * width;
+        const float largest = NAME(quantize)(state, width, s->bytes.levels + row * s->bytes.step, NULL);
+        const vf factor = v_all(largest > 1e-30f ? 127.0f / largest : 0.0f);
+        vf square = v_zero(), left = v_zero();
+        for (int64_t k = 0; k < width; k += LANES) {
+            const vf x = v_load(state + k), exact = v_mul(x, factor), rest = v_sub(exact, v_round(exact));
+            square = v_fma(x, x, square);
+            left = v_fma(rest, rest, left);
+        }
+        s->bytes.largest[row] = largest;
+        s->norm[row] = sqrtf(v_sum(square));
+        /* A state too small to be quantized is lost as a whole. */
+        s->loss[row] = largest > 1e-30f ? sqrtf(v_sum(left)) * largest / 127.0f * 1.00001f : s->norm[row];
+    }
+    BARRIER
+    for (int64_t block = low; block < high; block++) {
+        NAME(product)(&head->product, NULL, 0, &s->bytes, rows, block * 2, block * 2 + 2, 0, logits, head->padded);
+        const int64_t first = block * SHORTLIST_BLOCK, last = first + SHORTLIST_BLOCK;
+        for (int64_t row = 0; row < rows; row++) {
+            float *logit = logits + row * head->padded;
+            for (int64_t token = head->vocabulary > first ? head->vocabulary : first; token < last; token++)
+                logit[token] = -INFINITY;
+            vf most = v_load(logit + first);
+            for (int64_t at = first + LANES; at < last; at += LANES) most = v_max(most, v_load(logit + at));
+            s->best[row * blocks + block] = v_largest(most);
+            s->bound[row * blocks + block] = s->norm[row] * head->lost[block] + s->loss[row] * head->norms[block];
+        }
+    }
+    BARRIER
+    for (int64_t row = 0; row < rows; row++) {
+        const float *best = s->best + row * blocks, *bound = s->bound + row * blocks;
+        float *logit = logits + row * head->padded, reached = -INFINITY;
+        for (int64_t block = 0; block < blocks; block++)
+            reached = best[block] - bound[block] > reached ? best[block] - bound[block] : reached;
+        int64_t count = 0;
+        for (int64_t block = low; block < high && count <= head->most; block++) {
+            const float least = reached - bound[block];
+            if (!(best[block] >= least)) continue;
+            for (int64_t token = block * SHORTLIST_BLOCK; token < (block + 1) * SHORTLIST_BLOCK; token++)
+                if (logit[token] >= least && token < head->vocabulary) {
+                    logit[token] = NAME(dot)(head, token, states + row * width);
+                    count++;
+                }
+        }
+        s->candidates[thread * rows + row] = count;
+    }
+}
+#endif
+
+const Kernels NAME(kernels) = {NAME(step), NAME(linear), NAME(normalize_rows), NAME(activate_rows), NAME(attend_texts),
+#ifdef WITH_VNNI
+                               NAME(shortlist)
+#else
+                               NULL
+#endif
+};

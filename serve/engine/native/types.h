@@ -1,0 +1,109 @@
+/* What Python tells the kernels: tables of addresses and sizes. serve/engine/native/library.py mirrors these structs. */
+#pragma once
+
+#include <math.h>
+#include <stddef.h>
+#include <stdint.h>
+#include <string.h>
+
+#define LANES 16     /* float32 numbers that are computed together */
+#define BLOCK 64     /* outputs of a product whose weights lie together */
+#define MAX_PARTS 16 /* d_kv is at most 16 x LANES */
+#define INT8_ROWS_MAX 6 /* 6 x 4 sums, 4 weights and an activation */
+#define PIECE_ROWS 96 /* rows of a large batch that are computed together */
+#define ATTENTION_ROWS 192 /* queries that share one layout of keys and values */
+#define ATTENTION_PIECE 48 /* and whose scores are in the cache together */
+#define SHORTLIST_BLOCK 128
+#define HEAD_COST 16 /* what one head of attention costs besides its positions, in positions: for fair shares */
+
+enum { FLOAT32, FLOAT16, INT8, INT8_FINE };
+enum { RELU, GELU_TANH, SILU };
+
+typedef struct {
+    int64_t kind, inputs, blocks;
+    const void *weight;
+    const float *scales;    /* int8: of each output */
+    const int32_t *offsets; /* int8: 128 times each output's sum of weights */
+} Linear;
+
+typedef struct {
+    const float *self_norm, *cross_norm, *feed_norm;
+    Linear qkv, self_out, cross_q, cross_out, wi, wo;
+} Layer;
+
+typedef struct {
+    int64_t layers, heads, d_kv, d_model, activation, gated, max_distance, half_cache;
+    double epsilon;
+    const float *embedding;  /* [vocabulary, d_model] */
+    const float *bias;       /* [heads, max_distance + 1]: of a key so far behind the query */
+    const float *final_norm;
+    const Layer *layer;
+} Model;
+
+/* One sequence: its input token, and where its keys are; values are `kind_step` further. Steps are
+ * in numbers, which are float32, or float16 in a half cache. */
+typedef struct {
+    int64_t token, position;
+    char *self_rows;
+    int64_t self_layer_step, self_kind_step, self_head_step;
+    const char *cross_rows;
+    int64_t cross_layer_step, cross_kind_step, cross_head_step, cross_length;
+} Row;
+
+typedef struct {
+    uint8_t *levels, *rest;
+    int64_t step;
+    float *largest;
+} Bytes;
+
+/* The head of rows that ask for their best token only: serve/engine/native/head.py. Blocks are of SHORTLIST_BLOCK
+ * tokens; `padded` tokens are a whole number of them. */
+typedef struct {
+    Linear product;       /* int8, of `padded` outputs */
+    const void *weight;   /* [vocabulary, inputs] as float32 or float16, a token after the other */
+    const float *lost;    /* of each block: the most that rounding its weights changes a logit of a state of norm 1 */
+    const float *norms;   /* of each block: its tokens' largest norm as int8 */
+    int64_t half, vocabulary, padded, most; /* candidates that are looked at for a row */
+} Head;
+
+typedef struct {
+    Bytes bytes;
+    float *norm, *loss;   /* [rows] of the state, and of what its quantized form lacks */
+    float *best, *bound;  /* [rows, blocks] */
+    int64_t *candidates;  /* [threads, rows] */
+} HeadScratch;
+
+/* Texts one after the other: q, k, v [tokens] of `step` float32 each, [heads, d_kv] of which are theirs; `out`
+ * [tokens, heads, d_kv]. */
+typedef struct {
+    const float *q, *k, *v;
+    float *out;
+    int64_t step, heads, d_kv, texts, longest, cost;
+    const int64_t *lengths;
+    const float *line;
+    float *room; /* room_step float32 a thread */
+    int64_t room_step;
+} Texts;
+
+typedef struct {
+    float *h, *x, *y, *scores;
+    int64_t h_step, x_step, y_step, scores_step, self_cost, cross_cost;
+    Bytes bytes;
+} Scratch;
+
+/* What one thread of `threads` does of a job; compiled once for each instruction set. */
+typedef struct {
+    void (*step)(const Model *model, const Row *rows, int64_t batch, Scratch *scratch, int64_t thread, int64_t threads,
+                 float *out);
+    void (*linear)(const Linear *linear, const float *x, int64_t rows, Bytes *bytes, int64_t thread, int64_t threads,
+                   float *out);
+    void (*normalize)(const float *x, const float *weight, double epsilon, int64_t rows, int64_t width, int64_t thread,
+                      int64_t threads, float *out);
+    void (*activate)(int64_t activation, int64_t gated, const float *x, int64_t rows, int64_t width, int64_t thread,
+                     int64_t threads, float *out);
+    void (*attend)(const Texts *texts, int64_t thread, int64_t threads);
+    void (*shortlist)(const Head *head, const float *states, int64_t rows, HeadScratch *scratch, int64_t thread,
+                      int64_t threads, float *logits);
+} Kernels;
+
+extern const Kernels kernels_avx2, kernels_avx512, kernels_avx512_vnni;
