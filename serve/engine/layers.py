@@ -167,9 +167,9 @@ class RelativeBias:
         """Bias of integer `distances` of any shape: [heads, *shape]."""
         return self._table[:, distances.clamp(-self._max_distance, self._max_distance) + self._max_distance]
 
-    def by_distance_back(self) -> Tensor:
-        """Bias of a key 0, 1, ... max_distance positions before the query; farther ones have the last: [heads, ...]."""
-        return self._table[:, : self._max_distance + 1].flip(1)
+    def before(self) -> Tensor:
+        """Bias of a key max_distance, ... 1, 0 positions before the query: [heads, max_distance + 1]."""
+        return self._table[:, : self._max_distance + 1]
 
     def line(self, longest: int) -> Tensor:
         """Bias of distances 1 - longest ... longest - 1: [heads, 2 * longest - 1]."""

@@ -212,7 +212,7 @@ class T5Model:
             self.config,
             layers,
             embedding=self._embedding,
-            bias=self.decoder_bias.by_distance_back(),
+            bias=self.decoder_bias.before(),
             final_norm=self._decoder_norm.weight,
             cache_dtype=self.cache_dtype,
         )

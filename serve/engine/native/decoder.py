@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from serve.engine.cache import MIN_CAPACITY
 from serve.engine.config import ModelConfig
 from serve.engine.native.library import ACTIVATIONS, LayerTable, Level, ModelTable, ScratchTable, address, level, loaded
 from serve.engine.native.linear import BLOCK, NativeLinear, room_for_bytes
@@ -44,7 +45,7 @@ class NativeDecoder:
         final_norm: Tensor,
         cache_dtype: torch.dtype,
     ) -> None:
-        """`bias` [heads, max_distance + 1]: of a key so far behind the query. All float32.
+        """`bias` [heads, max_distance + 1]: of a key max_distance, ... 1, 0 positions behind the query. All float32.
 
         `cache_dtype` is that of the slabs: float32, or float16.
         """
@@ -93,7 +94,8 @@ class NativeDecoder:
     def try_step(self, batch: int) -> Tensor:
         """A step of `batch` sequences that hold nothing yet, to see what it takes: as `step`."""
         config = self._config
-        steps = (config.d_kv * config.num_heads * 2, config.d_kv * config.num_heads, config.d_kv)
+        head = MIN_CAPACITY * config.d_kv
+        steps = (head * config.num_heads * 2, head * config.num_heads, head)
         nowhere = torch.zeros(len(self._tables) * steps[0])
         row = (config.decoder_start_token_id, 0, address(nowhere), *steps, address(nowhere), *steps, 1)
         return self._run(torch.tensor(row * batch, dtype=torch.int64), batch, 1)

@@ -242,52 +242,74 @@ static void NAME(product)(const Linear *linear, const float *x, int64_t x_step, 
 }
 
 /* -- attention of one head of one sequence ---------------------------------------------------------------------------
- * keys, values [length, d_kv] as they lie in the cache; `bias` (or NULL) by distance from the query, which stands at
- * the last position. `scores` has room for `length`, rounded up to LANES. */
+ * keys, values [length, d_kv] as they lie in the cache, whose rows have room for a multiple of LANES; `bias` (or NULL)
+ * [max_distance + 1] by distance from the query, which stands at the last position: the farthest first. `scores` has
+ * room for `length` rounded up. `next` is where the next keys are: fetched meanwhile, since each head's are too short
+ * for the processor to see them coming. */
 
 #define CACHED(p) (half ? v_half((const uint16_t *)(p)) : v_load((const float *)(p)))
+#define FETCH(p)                                                                                                      \
+    for (int64_t line = 0; line < d_kv * size; line += 64) __builtin_prefetch((p) + line, 0, 3)
 
 static inline __attribute__((always_inline)) void NAME(attend_over)(
-    const int half, const float *q, const char *keys, const char *values, int64_t length, int64_t d_kv,
-    const float *bias, int64_t max_distance, float *scores, float *out) {
+    const int half, const float *q, const char *keys, const char *values, const char *next, int64_t length,
+    int64_t d_kv, const float *bias, int64_t max_distance, float *scores, float *out) {
     const int64_t parts = d_kv / LANES, size = half ? 2 : 4;
-    vf query[MAX_PARTS], sums[MAX_PARTS];
+    vf query[MAX_PARTS], sums[2][MAX_PARTS], most = v_all(-INFINITY), total = v_zero();
     for (int64_t p = 0; p < parts; p++) query[p] = v_load(q + p * LANES);
-    for (int64_t t = 0; t < length; t++) {
-        const char *key = keys + t * d_kv * size;
-        vf sum = v_mul(query[0], CACHED(key));
-        for (int64_t p = 1; p < parts; p++) sum = v_fma(query[p], CACHED(key + p * LANES * size), sum);
-        scores[t] = v_sum(sum);
-    }
-    if (bias != NULL)
-        for (int64_t t = 0; t < length; t++) {
-            const int64_t distance = length - 1 - t;
-            scores[t] += bias[distance < max_distance ? distance : max_distance];
+    for (int64_t t = 0; t < length; t += LANES) {
+        vf products[LANES];
+#pragma GCC unroll 16
+        for (int i = 0; i < LANES; i++) {
+            const char *key = keys + (t + i) * d_kv * size;
+            FETCH(values + (t + i) * d_kv * size);
+            products[i] = v_mul(query[0], CACHED(key));
+            for (int64_t p = 1; p < parts; p++) products[i] = v_fma(query[p], CACHED(key + p * LANES * size), products[i]);
         }
-    const int64_t padded = (length + LANES - 1) / LANES * LANES;
-    for (int64_t t = length; t < padded; t++) scores[t] = -INFINITY;
-    vf most = v_load(scores);
-    for (int64_t t = LANES; t < padded; t += LANES) most = v_max(most, v_load(scores + t));
+        vf score = v_sums(products);
+        if (bias != NULL) {
+            const int64_t farthest = length - 1 - t; /* the distance of the first lane */
+            if (farthest <= max_distance && t + LANES <= length)
+                score = v_add(score, v_load(bias + max_distance - farthest));
+            else {
+                float biases[LANES];
+                for (int64_t i = 0; i < LANES; i++) {
+                    const int64_t distance = farthest - i;
+                    biases[i] = distance < 0 ? 0.0f : bias[distance < max_distance ? max_distance - distance : 0];
+                }
+                score = v_add(score, v_load(biases));
+            }
+        }
+        if (t + LANES > length) score = v_first(length - t, score, v_all(-INFINITY));
+        most = v_max(most, score);
+        v_store(scores + t, score);
+    }
     const vf top = v_all(v_largest(most));
-    vf total = v_zero();
-    for (int64_t t = 0; t < padded; t += LANES) {
-        const vf weight = NAME(exponential)(v_sub(v_load(scores + t), top));
+    for (int64_t t = 0; t < length; t += LANES) {
+        vf weight = NAME(exponential)(v_sub(v_load(scores + t), top));
+        if (t + LANES > length) weight = v_first(length - t, weight, v_zero());
         total = v_add(total, weight);
         v_store(scores + t, weight);
     }
-    for (int64_t p = 0; p < parts; p++) sums[p] = v_zero();
-    for (int64_t t = 0; t < length; t++) {
-        const vf weight = v_all(scores[t]);
-        const char *value = values + t * d_kv * size;
-        for (int64_t p = 0; p < parts; p++) sums[p] = v_fma(weight, CACHED(value + p * LANES * size), sums[p]);
-    }
+    for (int64_t p = 0; p < parts; p++) sums[0][p] = sums[1][p] = v_zero();
+    for (int64_t t = 0; t < length; t += 2)
+#pragma GCC unroll 2
+        for (int64_t odd = 0; odd < 2; odd++) {
+            if (t + odd == length) break;
+            const vf weight = v_all(scores[t + odd]);
+            const char *value = values + (t + odd) * d_kv * size;
+            FETCH(next + (t + odd) * d_kv * size);
+            for (int64_t p = 0; p < parts; p++)
+                sums[odd][p] = v_fma(weight, CACHED(value + p * LANES * size), sums[odd][p]);
+        }
     const vf inverse = v_all(1.0f / v_sum(total));
-    for (int64_t p = 0; p < parts; p++) v_store(out + p * LANES, v_mul(sums[p], inverse));
+    for (int64_t p = 0; p < parts; p++) v_store(out + p * LANES, v_mul(v_add(sums[0][p], sums[1][p]), inverse));
 }
 
-static void NAME(attend)(int64_t half, const float *q, const char *keys, const char *values, int64_t length,
-                         int64_t d_kv, const float *bias, int64_t max_distance, float *scores, float *out) {
-#define ATTEND(half, d_kv) NAME(attend_over)(half, q, keys, values, length, d_kv, bias, max_distance, scores, out)
+static void NAME(attend)(int64_t half, const float *q, const char *keys, const char *values, const char *next,
+                         int64_t length, int64_t d_kv, const float *bias, int64_t max_distance, float *scores,
+                         float *out) {
+#define ATTEND(half, d_kv) NAME(attend_over)(half, q, keys, values, next, length, d_kv, bias, max_distance, scores, out)
     if (half && d_kv == 64) ATTEND(1, 64);
     else if (d_kv == 64) ATTEND(0, 64);
     else if (half) ATTEND(1, d_kv);
@@ -325,6 +347,8 @@ static void NAME(step)(const Model *model, const Row *rows, int64_t batch, Scrat
     const int64_t low = batch * thread / threads, high = batch * (thread + 1) / threads;
     const int64_t half = model->half_cache, size = half ? 2 : 4;
     float *scores = s->scores + thread * s->scores_step;
+#define SELF_KEYS(r, head) ((r)->self_rows + (number * (r)->self_layer_step + (head) * (r)->self_head_step) * size)
+#define CROSS_KEYS(r, head) ((r)->cross_rows + (number * (r)->cross_layer_step + (head) * (r)->cross_head_step) * size)
 #define SHARE(count) (count) * thread / threads, (count) * (thread + 1) / threads
 #define NORMALIZED(weights, linear)                                                                                   \
     for (int64_t row = low; row < high; row++) {                                                                      \
@@ -359,11 +383,11 @@ static void NAME(step)(const Model *model, const Row *rows, int64_t batch, Scrat
                 for (int64_t head = 0; head < heads; head++, cost += one) {
                     if (cost < from || cost >= to) continue;
                     const float *q = s->y + row * s->y_step + head * d_kv;
-                    char *keys = r->self_rows + (number * r->self_layer_step + head * r->self_head_step) * size;
-                    char *values = keys + r->self_kind_step * size;
+                    char *keys = SELF_KEYS(r, head), *values = keys + r->self_kind_step * size;
+                    const char *next = head + 1 < heads ? SELF_KEYS(r, head + 1) : row + 1 < batch ? SELF_KEYS(r + 1, 0) : keys;
                     NAME(keep)(half, q + inner, d_kv, keys + r->position * d_kv * size);
                     NAME(keep)(half, q + 2 * inner, d_kv, values + r->position * d_kv * size);
-                    NAME(attend)(half, q, keys, values, length, d_kv, model->bias + head * (model->max_distance + 1),
+                    NAME(attend)(half, q, keys, values, next, length, d_kv, model->bias + head * (model->max_distance + 1),
                                  model->max_distance, scores, s->x + row * s->x_step + head * d_kv);
                 }
             }
@@ -386,9 +410,9 @@ static void NAME(step)(const Model *model, const Row *rows, int64_t batch, Scrat
                 }
                 for (int64_t head = 0; head < heads; head++, cost += one) {
                     if (cost < from || cost >= to) continue;
-                    const char *keys =
-                        r->cross_rows + (number * r->cross_layer_step + head * r->cross_head_step) * size;
-                    NAME(attend)(half, s->y + row * s->y_step + head * d_kv, keys, keys + r->cross_kind_step * size,
+                    const char *keys = CROSS_KEYS(r, head);
+                    const char *next = head + 1 < heads ? CROSS_KEYS(r, head + 1) : row + 1 < batch ? CROSS_KEYS(r + 1, 0) : keys;
+                    NAME(attend)(half, s->y + row * s->y_step + head * d_kv, keys, keys + r->cross_kind_step * size, next,
                                  r->cross_length, d_kv, NULL, 0, scores, s->x + row * s->x_step + head * d_kv);
                 }
             }
@@ -418,6 +442,8 @@ static void NAME(step)(const Model *model, const Row *rows, int64_t batch, Scrat
     }
     for (int64_t row = low; row < high; row++)
         NAME(normalize)(s->h + row * s->h_step, model->final_norm, (float)model->epsilon, width, out + row * width);
+#undef SELF_KEYS
+#undef CROSS_KEYS
 #undef SHARE
 #undef NORMALIZED
 #undef ADDED

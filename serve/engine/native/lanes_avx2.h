@@ -65,3 +65,19 @@ static inline vf v_scale(vf x, vf n) {
     return (vf){_mm256_mul_ps(x.a, power_of_two(n.a)), _mm256_mul_ps(x.b, power_of_two(n.b))};
 }
 #undef BOTH
+static inline __m256 sums_of_eight(const vf *a) {
+    __m256 one[8];
+    for (int i = 0; i < 8; i++) one[i] = _mm256_add_ps(a[i].a, a[i].b);
+    const __m256 x = _mm256_hadd_ps(_mm256_hadd_ps(one[0], one[1]), _mm256_hadd_ps(one[2], one[3]));
+    const __m256 y = _mm256_hadd_ps(_mm256_hadd_ps(one[4], one[5]), _mm256_hadd_ps(one[6], one[7]));
+    return _mm256_add_ps(_mm256_permute2f128_ps(x, y, 0x20), _mm256_permute2f128_ps(x, y, 0x31));
+}
+/* Lane i is the sum of the lanes of a[i]. */
+static inline vf v_sums(const vf a[LANES]) { return (vf){sums_of_eight(a), sums_of_eight(a + 8)}; }
+/* The first `count` lanes of a, else b. */
+static inline vf v_first(int64_t count, vf a, vf b) {
+    const __m256i low = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7), most = _mm256_set1_epi32((int)count);
+    const __m256i high = _mm256_add_epi32(low, _mm256_set1_epi32(8));
+    return (vf){_mm256_blendv_ps(b.a, a.a, _mm256_castsi256_ps(_mm256_cmpgt_epi32(most, low))),
+                _mm256_blendv_ps(b.b, a.b, _mm256_castsi256_ps(_mm256_cmpgt_epi32(most, high)))};
+}

@@ -35,7 +35,7 @@ typedef struct {
     int64_t layers, heads, d_kv, d_model, activation, gated, max_distance, half_cache;
     double epsilon;
     const float *embedding;  /* [vocabulary, d_model] */
-    const float *bias;       /* [heads, max_distance + 1]: of a key so far behind the query */
+    const float *bias;       /* [heads, max_distance + 1]: of a key max_distance, ... 1, 0 positions behind the query */
     const float *final_norm;
     const Layer *layer;
 } Model;
