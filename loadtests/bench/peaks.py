@@ -36,6 +36,8 @@ def measure(threads: int) -> dict[str, float]:
     import torch.nn.functional as F  # noqa: N812
 
     from serve.engine.int8_linear import int8_linear
+    from serve.engine.native.library import Kind
+    from serve.engine.native.linear import NativeLinear
     from serve.engine.packed_linear import Float16Linear, PackedLinear, fbgemm_available, onednn_available
 
     torch.set_num_threads(threads)
@@ -46,6 +48,9 @@ def measure(threads: int) -> dict[str, float]:
     if fbgemm_available():
         products["float16"] = [Float16Linear(weight)]
         products["int8"] = [int8_linear(weight, few_rows=few) for few in (False, True)]
+    for kind in (Kind.FLOAT32, Kind.FLOAT16, Kind.INT8):
+        if NativeLinear.fits(weight, kind):
+            products.setdefault(kind.name.lower(), []).append(NativeLinear(weight, kind))
     rates: dict[str, float] = {}
     with torch.inference_mode():
         for mode, ways in products.items():

@@ -9,7 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from loadtests.bench import bounds, environment, modes, peaks, ratios
+from loadtests.bench import bounds, environment, modes, peaks, prompts, ratios
 from loadtests.bench.budget import Budget
 from loadtests.bench.child import environment_of
 from loadtests.bench.ctranslate2_system import installed
@@ -64,17 +64,23 @@ def run(options: Options, arguments: Sequence[str] = ()) -> dict[str, Any]:
 
 
 def _bounds(options: Options, findings: Findings) -> dict[str, Any]:
-    """The processor's best rates, measured now, and what they allow the uniform batches."""
-    rows = [row for row in findings.rows if row["workload"] == "uniform"]
-    if options.device != "cpu" or not rows:
+    """The processor's best rates, measured now, and what they allow the workloads whose requests are all known."""
+    measured = dict.fromkeys((row["shape"], row["workload"]) for row in findings.rows)
+    works: dict[tuple[str, str, str], bounds.Work] = {}
+    for shape, workload in measured:
+        if workload not in ("uniform", "mixed"):
+            continue
+        for case in WORKLOADS[workload].cases(options.sizes):
+            if workload == "uniform":
+                requests, at_once = [(case["prompt"], case["output"])] * case["count"], case["count"]
+            else:  # those of the rounds are drawn from the same lengths
+                drawn = prompts.mixed(prompts.generator(options.seed, "bound"), case["count"], 100, case["scale"])
+                requests, at_once = [(len(one.ids), one.length) for one in drawn], options.max_running
+            works[shape, workload, case["name"]] = bounds.Work.of(SHAPES[shape], requests, at_once)
+    if options.device != "cpu" or not works:
         return {"rates": {}, "bounds": []}
     rates = peaks.found(options.threads, environment_of(options.threads))
-    works = {
-        (shape, case["name"]): bounds.Work.of(SHAPES[shape], case["count"], case["prompt"], case["output"])
-        for shape in dict.fromkeys(row["shape"] for row in rows)
-        for case in WORKLOADS["uniform"].cases(options.sizes)
-    }
-    return {"rates": rates, "bounds": bounds.build(rows, works, rates)}
+    return {"rates": rates, "bounds": bounds.build(findings.rows, works, rates)}
 
 
 def _at_home(options: Options, findings: Findings) -> None:

@@ -11,6 +11,7 @@ from serve.engine.config import EngineSettings
 from serve.engine.engine import Engine
 from serve.engine.layers import WeightFormat
 from serve.engine.model import T5Model
+from serve.engine.native.library import level
 from serve.engine.runner import ModelRunner, Runner
 from serve.engine.weights import load_checkpoint
 
@@ -32,7 +33,11 @@ def load_model(
         CheckpointError: naming the file or tensor at fault.
     """
     checkpoint = load_checkpoint(folder, trust_checkpoint=trust_checkpoint)
-    return T5Model(checkpoint, device=device, dtype=dtype, weights=weights, vocab_limit=vocab_limit)
+    model = T5Model(checkpoint, device=device, dtype=dtype, weights=weights, vocab_limit=vocab_limit)
+    if device.type == "cpu":
+        ours = model.native_decoder is not None
+        logger.info("decode steps run through %s", f"our own kernels for {level().name}" if ours else "torch")
+    return model
 
 
 def make_runner(model: T5Model, settings: EngineSettings, *, paged: bool | None = None) -> Runner:

@@ -91,19 +91,17 @@ class T5Model:
         dtype: torch.dtype,
         weights: WeightFormat = "plain",
         vocab_limit: int | None = None,
-        native: bool = True,
     ) -> None:
         """`dtype` is that of activations and caches; `weights` other than "plain" are for float32 on a CPU.
 
         Rows of the head from `vocab_limit` on are dropped: those ids can be neither drawn nor scored.
-        `native` False leaves out our own kernels for the CPU; True has them where they can be had.
         """
         config = checkpoint.config
         self.config = config
         self.device = device
         self.dtype = dtype
         self.vocab_limit = config.vocab_size if vocab_limit is None else min(vocab_limit, config.vocab_size)
-        native = native and device.type == "cpu" and dtype is torch.float32 and level() is not Level.NONE
+        native = device.type == "cpu" and dtype is torch.float32 and level() is not Level.NONE
         build = _Builder(checkpoint, device, dtype, weights, native=native)
         self._embedding = build.tensor("shared.weight")
         self._head = _Head(checkpoint.head[: self.vocab_limit], build)

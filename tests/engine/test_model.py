@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from serve.checkpoint import DEMO_FOLDER
 from serve.engine.layers import RelativeBias
 from serve.engine.loading import load_model
 from serve.engine.model import T5Model
+from serve.engine.native.library import Level
 from serve.engine.runner import ModelRunner
 from serve.engine.sampler import Sampled
 from serve.engine.scheduler import StepPlan
@@ -24,6 +26,7 @@ from tests.engine.driving import drain, engine_of, same_up_to_near_tie
 STEPS = 40
 TOLERANCE = 1e-4
 CPU = torch.device("cpu")
+pytestmark = pytest.mark.usefixtures("kernels")
 
 SHAPES: dict[str, tuple[Kind, dict[str, Any]]] = {
     "t5": ("t5", {"dims": {"num_layers": 3}}),
@@ -74,10 +77,24 @@ def greedy(model: T5Model, prompts: list[tuple[int, ...]], steps: int) -> tuple[
 
 
 @pytest.fixture(scope="module", params=SHAPES)
-def pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[T5Model, Any]:
+def folder_and_reference(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any]:
     kind, options = SHAPES[request.param]
     folder = make_t5_checkpoint(tmp_path_factory.mktemp(request.param), kind, **options)
-    return load_model(folder, device=CPU, dtype=torch.float32), reference(folder)
+    return folder, reference(folder)
+
+
+@pytest.fixture
+def pair(folder_and_reference: tuple[Path, Any], kernels: Level) -> tuple[T5Model, Any]:
+    """Our model, with the kernels and without, and transformers' of the same folder."""
+    folder, theirs = folder_and_reference
+    return _loaded(folder, kernels), theirs
+
+
+@cache
+def _loaded(folder: Path, kernels: Level) -> T5Model:
+    model = load_model(folder, device=CPU, dtype=torch.float32)
+    assert (model.native_decoder is None) is (kernels is Level.NONE)
+    return model
 
 
 def test_the_head_is_tied_and_scaled_only_where_the_checkpoint_says_so(tmp_path: Path) -> None:
@@ -166,6 +183,9 @@ def test_losing_the_bias_is_noticed(small_folder: Path, first_distance: int, mon
     table = broken.decoder_bias._table
     middle = table.shape[1] // 2
     table[:, : middle + 1 - first_distance] = 0.0  # keys that lie so far back, or farther
+    if broken.native_decoder is not None:  # which has a copy
+        assert broken.native_decoder.bias.shape == (4, 129)
+        broken.native_decoder.bias[:, : 129 - first_distance] = 0.0
     steps = 130
     (_, (good,)), (_, (bad,)) = greedy(intact, [prompt], steps), greedy(broken, [prompt], steps)
     first = next(step for step in range(steps) if (good[step] - bad[step]).abs().max() > 1e-3)

@@ -27,6 +27,7 @@ from tests.engine.test_crowd import check_against_alone, make_guests, play
 from tests.engine.test_model import greedy, random_prompts
 
 CPU = torch.device("cpu")
+pytestmark = pytest.mark.usefixtures("kernels")
 FORMATS: tuple[WeightFormat, ...] = ("float16", "int8")
 needs_fbgemm = pytest.mark.skipif(not fbgemm_available(), reason="no packed kernels on this processor")
 

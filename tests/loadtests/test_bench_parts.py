@@ -48,7 +48,7 @@ RECORD = {
     "rows": ROWS,
     "ratios": ratios.build(ROWS, WORKLOADS),
     "rates": RATES,
-    "bounds": bounds.build(ROWS, {("tiny", "batch 1"): Work.of(SHAPES["tiny"], 1, 10, 2)}, RATES),
+    "bounds": bounds.build(ROWS, {("tiny", "uniform", "batch 1"): Work.of(SHAPES["tiny"], [(10, 2)], 1)}, RATES),
     "agreement": [],
     "tunings": [],
     "failures": [],
@@ -88,18 +88,30 @@ def test_a_published_figure_is_a_peer() -> None:
 
 def test_the_bound_of_a_batch_counts_its_products_and_bytes() -> None:
     """flan-t5-small by hand: 18.87 million numbers in the encoder's layers, 3.15 in cross-attention's k and v."""
-    work = Work.of(SHAPES["flan-t5-small"], 32, 128, 32)
+    work = Work.of(SHAPES["flan-t5-small"], [(128, 32)] * 32, 32)
     per_token = 8 * (4 * 512 * 384 + 3 * 512 * 1024) + 8 * 2 * 128 * 384 + 8 * 2 * 512 * 384
     assert work.encode_operations == 2 * 32 * 128 * per_token
     assert work.step_weights == 8 * (6 * 512 * 384 + 3 * 512 * 1024)
-    assert work.cache_bytes == 32 * 8 * 2 * 384 * 4 * sum(128 + step for step in range(1, 33))
-    products = work.encode_operations + 32 * work.step_operations
+    assert work.decode_operations == 2 * 32 * 32 * work.step_weights
+    assert work.cache_numbers == 32 * 8 * 2 * 384 * sum(128 + step for step in range(1, 33))
     head = 2 * 32 * 32128 * 512 * 32
-    expected = products / 100e9 + head / 400e9 + work.cache_bytes / 20e9
-    assert work.seconds("float32", RATES) == pytest.approx(expected)
-    alone = Work.of(SHAPES["flan-t5-small"], 1, 128, 32)  # a step that reads its weights longer than it multiplies
-    slow = alone.encode_operations / 100e9 + 32 * (alone.step_weights * 4 / 20e9 + 32128 * 512 / 20e9)
-    assert alone.seconds("float32", RATES) == pytest.approx(slow + alone.cache_bytes / 20e9)
+    expected = (work.encode_operations + work.decode_operations) / 100e9 + head / 400e9
+    assert work.seconds("float32", RATES) == pytest.approx(expected + work.cache_numbers * 4 / 20e9)
+    alone = Work.of(SHAPES["flan-t5-small"], [(128, 32)], 1)  # a step reads its weights longer than it multiplies
+    slow = alone.encode_operations / 100e9 + 32 * (alone.step_weights * 2 / 20e9 + 32128 * 512 / 20e9)
+    rates = {**RATES, "float16": 100.0}
+    assert alone.seconds("float16", rates) == pytest.approx(slow + alone.cache_numbers * 2 / 20e9)
+
+
+def test_the_bound_of_mixed_requests_counts_the_steps_that_they_need() -> None:
+    """Four requests, two at a time, 40 tokens: 20 steps at least; or as many as the longest output."""
+    shape = SHAPES["tiny"]
+    assert Work.of(shape, [(10, 10)] * 4, 2).steps == 20
+    assert Work.of(shape, [(10, 30), (20, 4), (5, 4), (5, 2)], 2).steps == 30
+    one, two = Work.of(shape, [(10, 30)], 1), Work.of(shape, [(20, 4)], 1)
+    both = Work.of(shape, [(10, 30), (20, 4)], 2)
+    for name in ("encode_operations", "decode_operations", "cache_numbers", "tokens"):
+        assert getattr(both, name) == getattr(one, name) + getattr(two, name)
 
 
 def test_bounds_say_what_is_reached_and_which_peers_are_beyond() -> None:

@@ -50,7 +50,8 @@ class NativeDecoder:
         `cache_dtype` is that of the slabs: float32, or float16.
         """
         self._config = config
-        self._kept = (layers, embedding, bias.contiguous(), final_norm)  # what the tables point to
+        self.bias = bias.contiguous()
+        self._kept = (layers, embedding, final_norm)  # what the tables point to, too
         self._tables = (LayerTable * len(layers))(
             *(
                 LayerTable(
@@ -71,7 +72,7 @@ class NativeDecoder:
             cache_dtype is torch.float16,
             config.layer_norm_epsilon,
             address(embedding),
-            address(self._kept[2]),
+            address(self.bias),
             address(final_norm),
             ctypes.cast(self._tables, ctypes.POINTER(LayerTable)),
         )

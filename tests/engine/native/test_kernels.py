@@ -1,0 +1,197 @@
+"""The kernels beside the same arithmetic in torch, for each instruction set that this processor has."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+
+import pytest
+import torch
+import torch.nn.functional as F  # noqa: N812
+from torch import Tensor
+
+from serve.engine.attention import RaggedAttention
+from serve.engine.layers import RelativeBias
+from serve.engine.native import elementwise
+from serve.engine.native.attention import NativeRaggedAttention
+from serve.engine.native.head import NativeShortlistHead
+from serve.engine.native.library import Kind, Level, level, limited
+from serve.engine.native.linear import NativeLinear
+
+LEVELS = [some for some in Level if Level.NONE < some <= level()]
+pytestmark = pytest.mark.skipif(not LEVELS, reason="the kernels are not built, or not for this processor")
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(params=LEVELS, ids=lambda some: some.name, autouse=True)
+def kernels(request: pytest.FixtureRequest) -> Iterator[Level]:
+    with limited(request.param), torch.inference_mode():
+        yield request.param
+
+
+@pytest.fixture(params=[1, 3])
+def threads(request: pytest.FixtureRequest) -> Iterator[int]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(request.param)
+    yield request.param
+    torch.set_num_threads(before)
+
+
+def kinds(kernels: Level) -> list[Kind]:
+    return [kind for kind in Kind if kind < Kind.INT8 or kernels is Level.AVX512_VNNI]
+
+
+def error(result: Tensor, exact: Tensor) -> float:
+    """Relative, Euclidean, of the worst row."""
+    return float(((result.double() - exact).norm(dim=1) / exact.norm(dim=1)).max())
+
+
+@pytest.mark.parametrize(("outputs", "inputs"), [(64, 16), (200, 48), (384, 512), (1, 64)])
+def test_products(kernels: Level, threads: int, outputs: int, inputs: int) -> None:
+    """Near the exact product, as each kind promises, and of every row the same in every batch, bit for bit."""
+    torch.manual_seed(0)
+    weight = torch.randn(outputs, inputs)
+    for kind in kinds(kernels):
+        linear = NativeLinear(weight, kind)
+        stored = weight.half().double() if kind is Kind.FLOAT16 else weight.double()
+        for rows in (1, 2, 3, 4, 5, 6, 7, 12, 13, 97, 200):
+            x = torch.randn(rows, inputs)
+            y = linear(x)
+            assert y.shape == (rows, outputs)
+            bound = {Kind.FLOAT32: 1e-6, Kind.FLOAT16: 1e-6, Kind.INT8: 0.05, Kind.INT8_FINE: 0.03}[kind]
+            if outputs > 1:
+                assert error(y, x.double() @ stored.t()) < bound
+            for row in (0, rows // 2, rows - 1):
+                assert torch.equal(linear(x[row : row + 1])[0], y[row])
+
+
+def test_int8_is_the_product_of_what_was_rounded(kernels: Level) -> None:
+    """Integers as they come out of the documented rounding: the kernel itself loses nothing."""
+    if kernels is not Level.AVX512_VNNI:
+        pytest.skip("int8 layers are for VNNI")
+    torch.manual_seed(1)
+    weight, x = torch.randn(128, 64), torch.randn(9, 64)
+    scales = weight.abs().amax(1) / 127
+    numbers = (weight / scales[:, None]).round().double()
+    largest = x.abs().amax(1, keepdim=True)
+    levels = (x * (127 / largest)).double()
+    rest = ((levels - levels.round()) * 254).round() / 254
+    for kind, activations in ((Kind.INT8, levels.round()), (Kind.INT8_FINE, levels.round() + rest)):
+        exact = activations @ numbers.t() * scales.double() * largest.double() / 127
+        assert error(NativeLinear(weight, kind)(x), exact) < 1e-5
+
+
+def test_rows_that_are_zero_or_not_finite_stay_alone(kernels: Level) -> None:
+    weight = torch.randn(64, 32)
+    x = torch.randn(7, 32)
+    x[1] = 0.0
+    x[2, 5] = math.nan
+    x[3, 31] = math.inf
+    x[4] *= 1e-35
+    for kind in kinds(kernels):
+        linear = NativeLinear(weight, kind)
+        y = linear(x)
+        assert torch.equal(y[1], torch.zeros(64))
+        assert not bool(y[2].isfinite().all())
+        assert not bool(y[3].isfinite().all())
+        assert bool(y[4].isfinite().all())
+        for row in (0, 5, 6):
+            assert torch.equal(y[row], linear(x[row : row + 1])[0])
+
+
+def test_a_layer_that_the_kernels_do_not_take(kernels: Level) -> None:
+    assert not NativeLinear.fits(torch.ones(8, 24), Kind.FLOAT32)  # 24 is no multiple of 16
+    assert not NativeLinear.fits(torch.full((8, 16), 1e5), Kind.FLOAT16)
+    assert NativeLinear.fits(torch.full((8, 16), 1e5), Kind.FLOAT32)
+    assert NativeLinear.fits(torch.ones(8, 16), Kind.INT8) is (kernels is Level.AVX512_VNNI)
+
+
+@pytest.mark.parametrize("rows", [1, 5, 700])
+def test_norm(threads: int, rows: int) -> None:
+    x, weight = torch.randn(rows, 48) * 30, torch.randn(48)
+    exact = x.double() * (x.double().square().mean(-1, keepdim=True) + 1e-6).rsqrt() * weight
+    assert error(elementwise.normalize(x, weight, 1e-6), exact) < 1e-6
+    x[0] = 0.0
+    assert torch.equal(elementwise.normalize(x, weight, 1e-6)[0], torch.zeros(48))
+
+
+@pytest.mark.parametrize("rows", [1, 300])
+@pytest.mark.parametrize("gated", [False, True])
+def test_activations(threads: int, rows: int, gated: bool) -> None:
+    functions: dict[str, Callable[[Tensor], Tensor]] = {
+        "relu": torch.relu,
+        "silu": F.silu,
+        "gelu_new": lambda x: F.gelu(x, approximate="tanh"),
+    }
+    x = torch.randn(rows, 64) * 6
+    x[0, :4] = torch.tensor([-200.0, 200.0, -0.0, 1e-20])
+    for name, function in functions.items():
+        exact = function(x.double())
+        if gated:
+            exact = function(x[:, :32].double()) * x[:, 32:].double()
+        ours = elementwise.activate(x, name, gated=gated)
+        assert torch.allclose(ours.double(), exact, rtol=1e-5, atol=1e-6)
+    x[0, 3] = math.nan
+    for name in functions:
+        assert bool(elementwise.activate(x, name, gated=False)[0, 3].isnan()) or name == "relu"
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("d_kv", [16, 64, 80, 128])
+def test_attention_within_texts(threads: int, causal: bool, d_kv: int) -> None:
+    """As torch's, with lengths around every edge: of a vector, of a block, of a piece and of a unit."""
+    torch.manual_seed(2)
+    heads, lengths = 3, (1, 15, 16, 17, 48, 49, 63, 64, 65, 130, 192, 193, 400)
+    bias = RelativeBias(torch.randn(32, heads), max_distance=128, causal=causal, device=CPU, dtype=torch.float32)
+    qkv = torch.randn(sum(lengths), 3, heads, d_kv) * d_kv**-0.25
+    q, k, v = qkv.unbind(1)
+    expected = RaggedAttention(lengths, bias, causal=causal, device=CPU)(q, k, v)
+    ours = NativeRaggedAttention(lengths, bias.line(max(lengths)))(q, k, v)
+    assert torch.allclose(ours, expected, rtol=1e-4, atol=1e-5)
+    # A text's result does not depend on its neighbours, bit for bit.
+    alone = NativeRaggedAttention((193,), bias.line(193))
+    part = slice(sum(lengths[:11]), sum(lengths[:12]))
+    assert torch.equal(alone(q[part], k[part], v[part]), ours[part])
+
+
+def test_the_shortlist_has_the_best_token(kernels: Level, threads: int) -> None:
+    """Exact where a token could be the best, lower elsewhere; flat and broken rows are handed back."""
+    if kernels is not Level.AVX512_VNNI:
+        pytest.skip("the shortlist is an int8 product")
+    torch.manual_seed(3)
+    vocabulary, width, rows = 5000, 64, 40
+    for dtype in (torch.float32, torch.float16):
+        weight = torch.randn(vocabulary, width).to(dtype)
+        head = NativeShortlistHead(weight)
+        states = torch.randn(rows, width) * torch.logspace(-3, 3, rows)[:, None]
+        states[3] = 0.0
+        states[4, 7] = math.nan
+        exact = states.double() @ weight.double().t()
+        logits, crowded = head(states)
+        assert logits.shape == (rows, vocabulary)
+        assert crowded[3]  # all logits are 0, so all are candidates
+        assert crowded[4]
+        fine = ~crowded
+        assert int(fine.sum()) >= rows - 4
+        best = exact.argmax(1)
+        assert torch.equal(logits.argmax(1)[fine], best[fine])
+        own = logits.gather(1, best[:, None])[fine].double()
+        assert torch.allclose(own, exact.gather(1, best[:, None])[fine], rtol=1e-4)
+        kept = logits[5].clone()
+        assert torch.equal(head(states[5:6].clone())[0][0], kept)
+
+
+def test_near_equal_tokens_are_all_candidates(kernels: Level) -> None:
+    """Two tokens that int8 cannot tell apart: float32 decides, whichever of them comes first."""
+    if kernels is not Level.AVX512_VNNI:
+        pytest.skip("the shortlist is an int8 product")
+    torch.manual_seed(4)
+    weight = torch.randn(4500, 32)
+    state = torch.randn(1, 32)
+    weight[[17, 4400]] = state[0] * 10
+    for better, worse in ((17, 4400), (4400, 17)):
+        weight[better] = state[0] * 10.001
+        weight[worse] = state[0] * 10
+        logits, crowded = NativeShortlistHead(weight.clone())(state)
+        assert not bool(crowded.any())
+        assert int(logits.argmax()) == better
