@@ -98,7 +98,7 @@ class NativeDecoder:
         head = MIN_CAPACITY * config.d_kv
         steps = (head * config.num_heads * 2, head * config.num_heads, head)
         nowhere = torch.zeros(len(self._tables) * steps[0])
-        row = (config.decoder_start_token_id, 0, address(nowhere), *steps, address(nowhere), *steps, 1)
+        row = (config.decoder_start_token_id, *(address(nowhere), *steps, 1) * 2)
         return self._run(torch.tensor(row * batch, dtype=torch.int64), batch, 1)
 
     def _run(self, rows: Tensor, batch: int, longest: int) -> Tensor:
@@ -136,7 +136,7 @@ class NativeDecoder:
             longest = max(longest, position + 1, length)
             at, row, *steps = place("self", own.capacity)
             token = sequence.token_ids[position - 1] if position > 0 else start
-            numbers += (token, position, at + row * own.row, *steps)
+            numbers += (token, at + row * own.row, *steps, position + 1)
             at, row, *steps = place("cross", prompt.slot.capacity)
             numbers += (at + row * prompt.slot.row, *steps, length)
         return torch.tensor(numbers, dtype=torch.int64), longest

@@ -18,7 +18,11 @@ class KernelsHook(BuildHookInterface):  # type: ignore[type-arg,misc,unused-igno
 
     def initialize(self, version: str, build_data: dict[str, Any]) -> None:
         """Called before the wheel (or the editable one) is put together."""
-        path = _build_module().build()
+        try:
+            path = _build_module().build()
+        except RuntimeError as error:  # nobody should be without the package for a compiler's sake
+            self.app.display_warning(f"built without kernels: {error}")
+            return
         if path is None:
             self.app.display_warning("built without kernels: no C compiler, or not Linux on x86-64")
             return

@@ -23,15 +23,16 @@ static const Kernels *kernels_of(int64_t level) {
 
 #include <omp.h>
 
+/* Every thread of a team calls the kernel. */
 #define PARALLEL(call)                                                                                                \
     const Kernels *kernels = kernels_of(level);                                                                       \
     if (threads == 1) {                                                                                               \
-        const int64_t thread = 0;                                                                                     \
+        const Team team = {0, 1};                                                                                     \
         kernels->call;                                                                                                \
         return;                                                                                                       \
     }                                                                                                                 \
     _Pragma("omp parallel num_threads((int)threads)") {                                                               \
-        const int64_t thread = omp_get_thread_num(), threads = omp_get_num_threads();                                 \
+        const Team team = {omp_get_thread_num(), omp_get_num_threads()};                                              \
         kernels->call;                                                                                                \
     }
 
@@ -40,28 +41,28 @@ void flan_step(int64_t level, int64_t threads, const Model *model, const Row *ro
                float *out) {
     scratch->self_cost = scratch->cross_cost = 0;
     for (int64_t row = 0; row < batch; row++) {
-        scratch->self_cost += model->heads * (rows[row].position + 1 + HEAD_COST);
-        scratch->cross_cost += model->heads * (rows[row].cross_length + HEAD_COST);
+        scratch->self_cost += model->heads * (rows[row].self.length + HEAD_COST);
+        scratch->cross_cost += model->heads * (rows[row].cross.length + HEAD_COST);
     }
-    PARALLEL(step(model, rows, batch, scratch, thread, threads, out))
+    PARALLEL(step(model, rows, batch, scratch, team, out))
 }
 
 /* out [rows, 64 * blocks] = x [rows, inputs] W^T. `bytes` are room for int8 layers' rows. */
 void flan_linear(int64_t level, int64_t threads, const Linear *linear, const float *x, int64_t rows, Bytes *bytes,
                  float *out) {
-    PARALLEL(linear(linear, x, rows, bytes, thread, threads, out))
+    PARALLEL(linear(linear, x, rows, bytes, team, out))
 }
 
 /* T5's norm of x [rows, width]. */
 void flan_normalize(int64_t level, int64_t threads, const float *x, const float *weight, double epsilon, int64_t rows,
                     int64_t width, float *out) {
-    PARALLEL(normalize(x, weight, epsilon, rows, width, thread, threads, out))
+    PARALLEL(normalize(x, weight, epsilon, rows, width, team, out))
 }
 
 /* The activation of x [rows, width]; gated: of x [rows, 2 * width], the first half of which gates the second. */
 void flan_activate(int64_t level, int64_t threads, int64_t activation, int64_t gated, const float *x, int64_t rows,
                    int64_t width, float *out) {
-    PARALLEL(activate(activation, gated, x, rows, width, thread, threads, out))
+    PARALLEL(activate(activation, gated, x, rows, width, team, out))
 }
 
 /* Self-attention within each text. `room_step` is at least what flan_attention_room says. */
@@ -69,14 +70,14 @@ void flan_attention(int64_t level, int64_t threads, Texts *texts) {
     texts->cost = 0;
     for (int64_t text = 0; text < texts->texts; text++)
         texts->cost += texts->heads * texts->lengths[text] * texts->lengths[text];
-    PARALLEL(attend(texts, thread, threads))
+    PARALLEL(attend(texts, team))
 }
 
 /* Logits [rows, padded] that are good for an argmax, and in `candidates` [rows] how many were computed exactly. */
 void flan_shortlist(int64_t level, int64_t threads, const Head *head, const float *states, int64_t rows,
                     HeadScratch *scratch, float *logits) {
     memset(scratch->candidates, 0, (size_t)(threads * rows) * sizeof(int64_t));
-    PARALLEL(shortlist(head, states, rows, scratch, thread, threads, logits))
+    PARALLEL(shortlist(head, states, rows, scratch, team, logits))
 }
 
 /* float32 that a thread needs for texts of up to `longest` tokens. */

@@ -1,6 +1,6 @@
-/* The kernels, written once over sixteen lanes and compiled for each instruction set: avx2.c and avx512.c include this
- * after their lanes. What each product and each attention computes for a row does not depend on the other rows of the batch,
- * nor on the number of threads, bit for bit: every sum runs over k, or over positions, in one order. */
+/* The kernels, written once over sixteen lanes and compiled for each instruction set: avx2.c, avx512.c and
+ * avx512_vnni.c include this after their lanes. What each product and each attention computes for a row does not depend
+ * on the other rows of the batch, nor on the number of threads, bit for bit: every sum is taken in one order. */
 
 #define BARRIER _Pragma("omp barrier")
 
@@ -36,7 +36,8 @@ static void NAME(normalize)(const float *x, const float *weight, float epsilon, 
         sum = v_fma(v, v, sum);
     }
     const vf inverse = v_all(1.0f / sqrtf(v_sum(sum) / (float)width + epsilon));
-    for (int64_t k = 0; k < width; k += LANES) v_store(out + k, v_mul(v_mul(v_load(x + k), inverse), v_load(weight + k)));
+    for (int64_t k = 0; k < width; k += LANES)
+        v_store(out + k, v_mul(v_mul(v_load(x + k), inverse), v_load(weight + k)));
 }
 
 /* -- products with float weights ------------------------------------------------------------------------------------
@@ -86,8 +87,8 @@ static inline __attribute__((always_inline)) void NAME(float_tile)(
 #define FLOAT_ROWS(rows)                                                                                              \
     case rows:                                                                                                        \
         for (int p = 0; p < 4; p += FLOAT_PANELS(rows))                                                               \
-            NAME(float_tile)(rows, FLOAT_PANELS(rows), half, add, x, x_step, weight + p * LANES * (half ? 2 : 4),      \
-                             ahead, inputs, out + p * LANES, out_step);                                                      \
+            NAME(float_tile)(rows, FLOAT_PANELS(rows), half, add, x, x_step, weight + p * LANES * (half ? 2 : 4),     \
+                             ahead, inputs, out + p * LANES, out_step);                                               \
         break;
 
 static inline __attribute__((always_inline)) void NAME(float_rows)(
@@ -146,7 +147,7 @@ static float NAME(quantize)(const float *x, int64_t width, uint8_t *levels, uint
 }
 
 static inline __attribute__((always_inline)) void NAME(int8_tile)(
-    const int rows, const int panels, const int add, const int first, const uint8_t *x, int64_t x_step,
+    const int rows, const int panels, const int add, const uint8_t *x, int64_t x_step,
     const int8_t *weight, const int8_t *ahead, const int32_t *offsets, const float *scales, int64_t inputs, float unit,
     const float *largest, float *out, int64_t out_step) {
     __m512i sums[INT8_ROWS_MAX][4];
@@ -180,20 +181,20 @@ static inline __attribute__((always_inline)) void NAME(int8_tile)(
             float *to = out + r * out_step + p * LANES;
             const __m512i whole = _mm512_sub_epi32(sums[r][p], _mm512_loadu_si512(offsets + p * LANES));
             const vf value = v_mul(v_mul(_mm512_cvtepi32_ps(whole), v_load(scales + p * LANES)), row);
-            v_store(to, add || !first ? v_add(v_load(to), value) : value);
+            v_store(to, add ? v_add(v_load(to), value) : value);
         }
     }
 }
 
 #define INT8_ROWS(rows)                                                                                               \
     case rows:                                                                                                        \
-        NAME(int8_tile)(rows, 4, add, first, x, x_step, weight, ahead, offsets, scales, inputs, unit, largest,    \
-                        out, out_step);                                                                               \
+        NAME(int8_tile)(rows, 4, add, x, x_step, weight, ahead, offsets, scales, inputs, unit, largest, out,          \
+                        out_step);                                                                                    \
         break;
 
-static void NAME(int8_rows)(int add, int first, int64_t rows, const uint8_t *x, int64_t x_step, const int8_t *weight,
-                            const int8_t *ahead, const int32_t *offsets, const float *scales, int64_t inputs, float unit,
-                            const float *largest, float *out, int64_t out_step) {
+static void NAME(int8_rows)(int add, int64_t rows, const uint8_t *x, int64_t x_step, const int8_t *weight,
+                            const int8_t *ahead, const int32_t *offsets, const float *scales, int64_t inputs,
+                            float unit, const float *largest, float *out, int64_t out_step) {
     switch (rows) {
         INT8_ROWS(1)
         INT8_ROWS(2)
@@ -228,10 +229,10 @@ static void NAME(product)(const Linear *linear, const float *x, int64_t x_step, 
                 const int8_t *w = (const int8_t *)weight, *next = (const int8_t *)ahead;
                 const int32_t *offsets = linear->offsets + block * BLOCK;
                 const float *scales = linear->scales + block * BLOCK, *largest = bytes->largest + from;
-                NAME(int8_rows)(add, 1, count, bytes->levels + from * bytes->step, bytes->step, w, next, offsets,
+                NAME(int8_rows)(add, count, bytes->levels + from * bytes->step, bytes->step, w, next, offsets,
                                 scales, inputs, 1.0f / 127.0f, largest, to, out_step);
                 if (linear->kind == INT8_FINE)
-                    NAME(int8_rows)(add, 0, count, bytes->rest + from * bytes->step, bytes->step, w, next, offsets,
+                    NAME(int8_rows)(1, count, bytes->rest + from * bytes->step, bytes->step, w, next, offsets,
                                     scales, inputs, 1.0f / (127.0f * 254.0f), largest, to, out_step);
             }
 #else
@@ -264,7 +265,8 @@ static inline __attribute__((always_inline)) void NAME(attend_over)(
             const char *key = keys + (t + i) * d_kv * size;
             FETCH(values + (t + i) * d_kv * size);
             products[i] = v_mul(query[0], CACHED(key));
-            for (int64_t p = 1; p < parts; p++) products[i] = v_fma(query[p], CACHED(key + p * LANES * size), products[i]);
+            for (int64_t p = 1; p < parts; p++)
+                products[i] = v_fma(query[p], CACHED(key + p * LANES * size), products[i]);
         }
         vf score = v_sums(products);
         if (bias != NULL) {
@@ -309,7 +311,8 @@ static inline __attribute__((always_inline)) void NAME(attend_over)(
 static void NAME(attend)(int64_t half, const float *q, const char *keys, const char *values, const char *next,
                          int64_t length, int64_t d_kv, const float *bias, int64_t max_distance, float *scores,
                          float *out) {
-#define ATTEND(half, d_kv) NAME(attend_over)(half, q, keys, values, next, length, d_kv, bias, max_distance, scores, out)
+#define ATTEND(half, d_kv)                                                                                            \
+    NAME(attend_over)(half, q, keys, values, next, length, d_kv, bias, max_distance, scores, out)
     if (half && d_kv == 64) ATTEND(1, 64);
     else if (d_kv == 64) ATTEND(0, 64);
     else if (half) ATTEND(1, d_kv);
@@ -329,138 +332,148 @@ static void NAME(keep)(int64_t half, const float *from, int64_t d_kv, char *to) 
     }
 }
 
-/* -- the decode step, by one of `threads` threads -------------------------------------------------------------------- */
+/* -- the decode step, by one of `threads` threads ---------------------------------------------------------------------
+ * Rows are shared out where each is worked on as a whole, outputs in a product, (sequence, head) pairs in attention. */
 
-static void NAME(prepare_rows)(const Linear *linear, const float *x, int64_t x_step, Bytes *bytes, int64_t row) {
+#define FIRST(count) ((count) * team.thread / team.threads)
+#define LAST(count) ((count) * (team.thread + 1) / team.threads)
+
+/* The layer's quantized rows from `x`, of this thread's rows; nothing to do for float weights. */
+static void NAME(quantize_share)(const Linear *linear, const float *x, int64_t x_step, int64_t rows, Bytes *bytes,
+                                 Team team) {
 #ifdef WITH_VNNI
     if (linear->kind >= INT8)
-        bytes->largest[row] = NAME(quantize)(x + row * x_step, linear->inputs, bytes->levels + row * bytes->step,
-                                             linear->kind == INT8_FINE ? bytes->rest + row * bytes->step : NULL);
+        for (int64_t row = FIRST(rows); row < LAST(rows); row++)
+            bytes->largest[row] = NAME(quantize)(x + row * x_step, linear->inputs, bytes->levels + row * bytes->step,
+                                                 linear->kind == INT8_FINE ? bytes->rest + row * bytes->step : NULL);
 #else
-    (void)linear, (void)x, (void)x_step, (void)bytes, (void)row;
+    (void)linear, (void)x, (void)x_step, (void)rows, (void)bytes, (void)team;
 #endif
 }
 
-static void NAME(step)(const Model *model, const Row *rows, int64_t batch, Scratch *s, int64_t thread, int64_t threads,
-                       float *out) {
-    const int64_t width = model->d_model, heads = model->heads, d_kv = model->d_kv, inner = heads * d_kv;
-    const int64_t low = batch * thread / threads, high = batch * (thread + 1) / threads;
-    const int64_t half = model->half_cache, size = half ? 2 : 4;
-    float *scores = s->scores + thread * s->scores_step;
-#define SELF_KEYS(r, head) ((r)->self_rows + (number * (r)->self_layer_step + (head) * (r)->self_head_step) * size)
-#define CROSS_KEYS(r, head) ((r)->cross_rows + (number * (r)->cross_layer_step + (head) * (r)->cross_head_step) * size)
-#define SHARE(count) (count) * thread / threads, (count) * (thread + 1) / threads
-#define NORMALIZED(weights, linear)                                                                                   \
-    for (int64_t row = low; row < high; row++) {                                                                      \
-        NAME(normalize)(s->h + row * s->h_step, weights, (float)model->epsilon, width, s->x + row * s->x_step);              \
-        NAME(prepare_rows)(linear, s->x, s->x_step, &s->bytes, row);                                                  \
-    }                                                                                                                 \
+/* x = norm of h, and y = linear of it. */
+static void NAME(normalized_product)(const float *norm, float epsilon, const Linear *linear, int64_t batch, Scratch *s,
+                                     Team team) {
+    for (int64_t row = FIRST(batch); row < LAST(batch); row++)
+        NAME(normalize)(s->h + row * s->h_step, norm, epsilon, linear->inputs, s->x + row * s->x_step);
+    NAME(quantize_share)(linear, s->x, s->x_step, batch, &s->bytes, team);
     BARRIER
-#define ADDED(linear, from, from_step)                                                                                \
-    if ((linear)->kind >= INT8) {                                                                                     \
-        for (int64_t row = low; row < high; row++) NAME(prepare_rows)(linear, from, from_step, &s->bytes, row);        \
-        BARRIER                                                                                                       \
-    }                                                                                                                 \
-    NAME(product)(linear, from, from_step, &s->bytes, batch, SHARE((linear)->blocks), 1, s->h, s->h_step);            \
+    NAME(product)(linear, s->x, s->x_step, &s->bytes, batch, FIRST(linear->blocks), LAST(linear->blocks), 0, s->y,
+                  s->y_step);
     BARRIER
-    for (int64_t row = low; row < high; row++)
-        memcpy(s->h + row * s->h_step, model->embedding + rows[row].token * width, (size_t)width * 4);
-    for (int64_t number = 0; number < model->layers; number++) {
-        const Layer *layer = model->layer + number;
-        NORMALIZED(layer->self_norm, &layer->qkv)
-        NAME(product)(&layer->qkv, s->x, s->x_step, &s->bytes, batch, SHARE(layer->qkv.blocks), 0, s->y, s->y_step);
-        BARRIER
-        {
-            const int64_t from = s->self_cost * thread / threads, to = s->self_cost * (thread + 1) / threads;
-            int64_t cost = 0;
-            for (int64_t row = 0; row < batch && cost < to; row++) {
-                const Row *r = rows + row;
-                const int64_t length = r->position + 1, one = length + HEAD_COST;
-                if (cost + one * heads <= from) {
-                    cost += one * heads;
-                    continue;
-                }
-                for (int64_t head = 0; head < heads; head++, cost += one) {
-                    if (cost < from || cost >= to) continue;
-                    const float *q = s->y + row * s->y_step + head * d_kv;
-                    char *keys = SELF_KEYS(r, head), *values = keys + r->self_kind_step * size;
-                    const char *next = head + 1 < heads ? SELF_KEYS(r, head + 1) : row + 1 < batch ? SELF_KEYS(r + 1, 0) : keys;
-                    NAME(keep)(half, q + inner, d_kv, keys + r->position * d_kv * size);
-                    NAME(keep)(half, q + 2 * inner, d_kv, values + r->position * d_kv * size);
-                    NAME(attend)(half, q, keys, values, next, length, d_kv, model->bias + head * (model->max_distance + 1),
-                                 model->max_distance, scores, s->x + row * s->x_step + head * d_kv);
-                }
-            }
-        }
-        BARRIER
-        ADDED(&layer->self_out, s->x, s->x_step)
-        NORMALIZED(layer->cross_norm, &layer->cross_q)
-        NAME(product)(&layer->cross_q, s->x, s->x_step, &s->bytes, batch, SHARE(layer->cross_q.blocks), 0, s->y,
-                      s->y_step);
-        BARRIER
-        {
-            const int64_t from = s->cross_cost * thread / threads, to = s->cross_cost * (thread + 1) / threads;
-            int64_t cost = 0;
-            for (int64_t row = 0; row < batch && cost < to; row++) {
-                const Row *r = rows + row;
-                const int64_t one = r->cross_length + HEAD_COST;
-                if (cost + one * heads <= from) {
-                    cost += one * heads;
-                    continue;
-                }
-                for (int64_t head = 0; head < heads; head++, cost += one) {
-                    if (cost < from || cost >= to) continue;
-                    const char *keys = CROSS_KEYS(r, head);
-                    const char *next = head + 1 < heads ? CROSS_KEYS(r, head + 1) : row + 1 < batch ? CROSS_KEYS(r + 1, 0) : keys;
-                    NAME(attend)(half, s->y + row * s->y_step + head * d_kv, keys, keys + r->cross_kind_step * size, next,
-                                 r->cross_length, d_kv, NULL, 0, scores, s->x + row * s->x_step + head * d_kv);
-                }
-            }
-        }
-        BARRIER
-        ADDED(&layer->cross_out, s->x, s->x_step)
-        NORMALIZED(layer->feed_norm, &layer->wi)
-        {
-            /* A thread computes the same outputs of both halves, so it needs nobody else's to join them. */
-            const int64_t blocks = model->gated ? layer->wi.blocks / 2 : layer->wi.blocks;
-            const int64_t from = blocks * thread / threads, to = blocks * (thread + 1) / threads;
-            NAME(product)(&layer->wi, s->x, s->x_step, &s->bytes, batch, from, to, 0, s->y, s->y_step);
-            if (model->gated)
-                NAME(product)(&layer->wi, s->x, s->x_step, &s->bytes, batch, blocks + from, blocks + to, 0, s->y,
-                              s->y_step);
-            for (int64_t row = 0; row < batch; row++) {
-                float *y = s->y + row * s->y_step;
-                for (int64_t k = from * BLOCK; k < to * BLOCK; k += LANES) {
-                    vf value = NAME(activate)(model->activation, v_load(y + k));
-                    if (model->gated) value = v_mul(value, v_load(y + blocks * BLOCK + k));
-                    v_store(y + k, value);
-                }
-            }
-        }
-        BARRIER
-        ADDED(&layer->wo, s->y, s->y_step)
-    }
-    for (int64_t row = low; row < high; row++)
-        NAME(normalize)(s->h + row * s->h_step, model->final_norm, (float)model->epsilon, width, out + row * width);
-#undef SELF_KEYS
-#undef CROSS_KEYS
-#undef SHARE
-#undef NORMALIZED
-#undef ADDED
 }
 
-/* -- single operations over many rows -------------------------------------------------------------------------------- */
-
-static void NAME(linear)(const Linear *linear, const float *x, int64_t rows, Bytes *bytes, int64_t thread,
-                         int64_t threads, float *out) {
+/* h += linear of `from`. */
+static void NAME(added_product)(const Linear *linear, const float *from, int64_t from_step, int64_t batch, Scratch *s,
+                                Team team) {
     if (linear->kind >= INT8) {
-        for (int64_t row = rows * thread / threads; row < rows * (thread + 1) / threads; row++)
-            NAME(prepare_rows)(linear, x, linear->inputs, bytes, row);
+        NAME(quantize_share)(linear, from, from_step, batch, &s->bytes, team);
+        BARRIER
+    }
+    NAME(product)(linear, from, from_step, &s->bytes, batch, FIRST(linear->blocks), LAST(linear->blocks), 1, s->h,
+                  s->h_step);
+    BARRIER
+}
+
+/* y = the activation of wi's outputs x, gated where the model is. */
+static void NAME(feed_forward)(const Model *model, const Layer *layer, int64_t batch, Scratch *s, Team team) {
+    for (int64_t row = FIRST(batch); row < LAST(batch); row++)
+        NAME(normalize)(s->h + row * s->h_step, layer->feed_norm, (float)model->epsilon, model->d_model,
+                        s->x + row * s->x_step);
+    NAME(quantize_share)(&layer->wi, s->x, s->x_step, batch, &s->bytes, team);
+    BARRIER
+    /* A thread computes the same outputs of both halves, so it needs nobody else's to join them. */
+    const int64_t blocks = model->gated ? layer->wi.blocks / 2 : layer->wi.blocks;
+    const int64_t from = FIRST(blocks), to = LAST(blocks);
+    NAME(product)(&layer->wi, s->x, s->x_step, &s->bytes, batch, from, to, 0, s->y, s->y_step);
+    if (model->gated)
+        NAME(product)(&layer->wi, s->x, s->x_step, &s->bytes, batch, blocks + from, blocks + to, 0, s->y, s->y_step);
+    for (int64_t row = 0; row < batch; row++) {
+        float *y = s->y + row * s->y_step;
+        for (int64_t k = from * BLOCK; k < to * BLOCK; k += LANES) {
+            vf value = NAME(activate)(model->activation, v_load(y + k));
+            if (model->gated) value = v_mul(value, v_load(y + blocks * BLOCK + k));
+            v_store(y + k, value);
+        }
+    }
+    BARRIER
+    NAME(added_product)(&layer->wo, s->y, s->y_step, batch, s, team);
+}
+
+/* One head of one sequence: where its keys and values are, and how many. */
+typedef struct {
+    char *keys, *values;
+    int64_t length;
+} NAME(Place);
+
+static NAME(Place) NAME(place)(const Model *model, const Row *row, int64_t layer, int64_t head, int cross) {
+    const int64_t size = model->half_cache ? 2 : 4;
+    const Cached *in = cross ? &row->cross : &row->self;
+    char *keys = in->rows + (layer * in->layer_step + head * in->head_step) * size;
+    return (NAME(Place)){keys, keys + in->kind_step * size, in->length};
+}
+
+/* x = attention of the queries at the beginning of each y. For self-attention the keys and values follow there, and
+ * are kept first. */
+static void NAME(attention)(const Model *model, const Row *rows, int64_t batch, int64_t layer, int cross, Scratch *s,
+                            Team team) {
+    const int64_t heads = model->heads, d_kv = model->d_kv, inner = heads * d_kv, half = model->half_cache;
+    const int64_t total = cross ? s->cross_cost : s->self_cost, first = FIRST(total), last = LAST(total);
+    int64_t cost = 0;
+    for (int64_t row = 0; row < batch && cost < last; row++) {
+        const int64_t one = (cross ? rows[row].cross.length : rows[row].self.length) + HEAD_COST;
+        if (cost + one * heads <= first) {
+            cost += one * heads;
+            continue;
+        }
+        for (int64_t head = 0; head < heads; head++, cost += one) {
+            if (cost < first || cost >= last) continue;
+            const NAME(Place) here = NAME(place)(model, rows + row, layer, head, cross);
+            const int64_t more = head + 1 < heads ? 0 : row + 1 < batch; /* the next head is the next sequence's */
+            const NAME(Place) next = NAME(place)(model, rows + row + more, layer, more ? 0 : (head + 1) % heads, cross);
+            const float *q = s->y + row * s->y_step + head * d_kv;
+            if (!cross) {
+                const int64_t at = (here.length - 1) * d_kv * (half ? 2 : 4);
+                NAME(keep)(half, q + inner, d_kv, here.keys + at);
+                NAME(keep)(half, q + 2 * inner, d_kv, here.values + at);
+            }
+            NAME(attend)(half, q, here.keys, here.values, next.keys, here.length, d_kv,
+                         cross ? NULL : model->bias + head * (model->max_distance + 1), model->max_distance,
+                         s->scores + team.thread * s->scores_step, s->x + row * s->x_step + head * d_kv);
+        }
+    }
+    BARRIER
+}
+
+static void NAME(step)(const Model *model, const Row *rows, int64_t batch, Scratch *s, Team team, float *out) {
+    const float epsilon = (float)model->epsilon;
+    for (int64_t row = FIRST(batch); row < LAST(batch); row++)
+        memcpy(s->h + row * s->h_step, model->embedding + rows[row].token * model->d_model,
+               (size_t)model->d_model * 4);
+    for (int64_t number = 0; number < model->layers; number++) {
+        const Layer *layer = model->layer + number;
+        NAME(normalized_product)(layer->self_norm, epsilon, &layer->qkv, batch, s, team);
+        NAME(attention)(model, rows, batch, number, 0, s, team);
+        NAME(added_product)(&layer->self_out, s->x, s->x_step, batch, s, team);
+        NAME(normalized_product)(layer->cross_norm, epsilon, &layer->cross_q, batch, s, team);
+        NAME(attention)(model, rows, batch, number, 1, s, team);
+        NAME(added_product)(&layer->cross_out, s->x, s->x_step, batch, s, team);
+        NAME(feed_forward)(model, layer, batch, s, team);
+    }
+    for (int64_t row = FIRST(batch); row < LAST(batch); row++)
+        NAME(normalize)(s->h + row * s->h_step, model->final_norm, epsilon, model->d_model, out + row * model->d_model);
+}
+
+/* -- single operations over many rows ---------------------------------------------------------------------------- */
+
+static void NAME(linear)(const Linear *linear, const float *x, int64_t rows, Bytes *bytes, Team team, float *out) {
+    if (linear->kind >= INT8) {
+        NAME(quantize_share)(linear, x, linear->inputs, rows, bytes, team);
         BARRIER
     }
     /* Pieces of rows times blocks of outputs: enough of them for every thread, and of a size for the cache. */
     const int64_t pieces = (rows + PIECE_ROWS - 1) / PIECE_ROWS, units = pieces * linear->blocks;
-    for (int64_t unit = units * thread / threads; unit < units * (thread + 1) / threads; unit++) {
+    for (int64_t unit = FIRST(units); unit < LAST(units); unit++) {
         const int64_t piece = unit / linear->blocks, block = unit % linear->blocks;
         const int64_t from = rows * piece / pieces, count = rows * (piece + 1) / pieces - from;
         Bytes part = *bytes;
@@ -473,14 +486,14 @@ static void NAME(linear)(const Linear *linear, const float *x, int64_t rows, Byt
 }
 
 static void NAME(normalize_rows)(const float *x, const float *weight, double epsilon, int64_t rows, int64_t width,
-                                 int64_t thread, int64_t threads, float *out) {
-    for (int64_t row = rows * thread / threads; row < rows * (thread + 1) / threads; row++)
+                                 Team team, float *out) {
+    for (int64_t row = FIRST(rows); row < LAST(rows); row++)
         NAME(normalize)(x + row * width, weight, (float)epsilon, width, out + row * width);
 }
 
 static void NAME(activate_rows)(int64_t activation, int64_t gated, const float *x, int64_t rows, int64_t width,
-                                int64_t thread, int64_t threads, float *out) {
-    for (int64_t row = rows * thread / threads; row < rows * (thread + 1) / threads; row++) {
+                                Team team, float *out) {
+    for (int64_t row = FIRST(rows); row < LAST(rows); row++) {
         const float *from = x + row * width * (gated ? 2 : 1);
         for (int64_t k = 0; k < width; k += LANES) {
             vf value = NAME(activate)(activation, v_load(from + k));
@@ -545,8 +558,8 @@ static void NAME(attend_unit)(const Texts *t, int64_t start, int64_t length, int
     }
 }
 
-static void NAME(attend_texts)(const Texts *t, int64_t thread, int64_t threads) {
-    const int64_t from = t->cost * thread / threads, to = t->cost * (thread + 1) / threads;
+static void NAME(attend_texts)(const Texts *t, Team team) {
+    const int64_t from = FIRST(t->cost), to = LAST(t->cost);
     int64_t start = 0, cost = 0;
     for (int64_t text = 0; text < t->texts; text++) {
         const int64_t length = t->lengths[text];
@@ -554,14 +567,14 @@ static void NAME(attend_texts)(const Texts *t, int64_t thread, int64_t threads) 
             for (int64_t first = 0; first < length; first += ATTENTION_ROWS) {
                 const int64_t last = length - first < ATTENTION_ROWS ? length : first + ATTENTION_ROWS;
                 if (cost >= from && cost < to)
-                    NAME(attend_unit)(t, start, length, head, first, last, t->room + thread * t->room_step);
+                    NAME(attend_unit)(t, start, length, head, first, last, t->room + team.thread * t->room_step);
                 cost += (last - first) * length;
             }
         start += length;
     }
 }
 
-/* -- the shortlist head ------------------------------------------------------------------------------------------------ */
+/* -- the shortlist head -------------------------------------------------------------------------------------------- */
 
 #ifdef WITH_VNNI
 static float NAME(dot)(const Head *head, int64_t token, const float *state) {
@@ -575,11 +588,11 @@ static float NAME(dot)(const Head *head, int64_t token, const float *state) {
     return v_sum(sum);
 }
 
-static void NAME(shortlist)(const Head *head, const float *states, int64_t rows, HeadScratch *s, int64_t thread,
-                            int64_t threads, float *logits) {
+static void NAME(shortlist)(const Head *head, const float *states, int64_t rows, HeadScratch *s, Team team,
+                            float *logits) {
     const int64_t width = head->product.inputs, blocks = head->padded / SHORTLIST_BLOCK;
-    const int64_t low = blocks * thread / threads, high = blocks * (thread + 1) / threads;
-    for (int64_t row = rows * thread / threads; row < rows * (thread + 1) / threads; row++) {
+    const int64_t low = FIRST(blocks), high = LAST(blocks);
+    for (int64_t row = FIRST(rows); row < LAST(rows); row++) {
         const float *state = states + row * width;
         const float largest = NAME(quantize)(state, width, s->bytes.levels + row * s->bytes.step, NULL);
         const vf factor = v_all(largest > 1e-30f ? 127.0f / largest : 0.0f);
@@ -624,7 +637,7 @@ static void NAME(shortlist)(const Head *head, const float *states, int64_t rows,
                     count++;
                 }
         }
-        s->candidates[thread * rows + row] = count;
+        s->candidates[team.thread * rows + row] = count;
     }
 }
 #endif

@@ -1,4 +1,4 @@
-/* What Python tells the kernels: tables of addresses and sizes. serve/engine/native/library.py mirrors these structs. */
+/* What Python tells the kernels: tables of addresses and sizes, which serve/engine/native/library.py mirrors. */
 #pragma once
 
 #include <math.h>
@@ -6,15 +6,15 @@
 #include <stdint.h>
 #include <string.h>
 
-#define LANES 16     /* float32 numbers that are computed together */
-#define BLOCK 64     /* outputs of a product whose weights lie together */
-#define MAX_PARTS 16 /* d_kv is at most 16 x LANES */
-#define INT8_ROWS_MAX 6 /* 6 x 4 sums, 4 weights and an activation */
-#define PIECE_ROWS 96 /* rows of a large batch that are computed together */
-#define ATTENTION_ROWS 192 /* queries that share one layout of keys and values */
-#define ATTENTION_PIECE 48 /* and whose scores are in the cache together */
-#define SHORTLIST_BLOCK 128
-#define HEAD_COST 16 /* what one head of attention costs besides its positions, in positions: for fair shares */
+#define LANES 16            /* float32 numbers that are computed together */
+#define BLOCK 64            /* outputs of a product whose weights lie together */
+#define MAX_PARTS 16        /* d_kv is at most 16 x LANES */
+#define INT8_ROWS_MAX 6     /* of a tile: 6 x 4 sums, 4 weights and an activation */
+#define PIECE_ROWS 96       /* rows of a large batch that are computed together */
+#define ATTENTION_ROWS 192  /* queries that share one layout of keys and values */
+#define ATTENTION_PIECE 48  /* and whose scores are in the cache together */
+#define SHORTLIST_BLOCK 128 /* tokens that share a bound */
+#define HEAD_COST 16        /* of one head's attention besides its positions, in positions: for fair shares */
 
 enum { FLOAT32, FLOAT16, INT8, INT8_FINE };
 enum { RELU, GELU_TANH, SILU };
@@ -40,15 +40,23 @@ typedef struct {
     const Layer *layer;
 } Model;
 
-/* One sequence: its input token, and where its keys are; values are `kind_step` further. Steps are
- * in numbers, which are float32, or float16 in a half cache. */
+/* A row of the cache: `length` positions count. Values are `kind_step` after their keys. Steps are in numbers, which
+ * are float32, or float16 in a half cache. */
 typedef struct {
-    int64_t token, position;
-    char *self_rows;
-    int64_t self_layer_step, self_kind_step, self_head_step;
-    const char *cross_rows;
-    int64_t cross_layer_step, cross_kind_step, cross_head_step, cross_length;
+    char *rows;
+    int64_t layer_step, kind_step, head_step, length;
+} Cached;
+
+/* One sequence: its input token, and its rows; the last position of its own is the one that is computed now. */
+typedef struct {
+    int64_t token;
+    Cached self, cross;
 } Row;
+
+/* One of the threads that work on a job together. */
+typedef struct {
+    int64_t thread, threads;
+} Team;
 
 typedef struct {
     uint8_t *levels, *rest;
@@ -91,19 +99,17 @@ typedef struct {
     Bytes bytes;
 } Scratch;
 
-/* What one thread of `threads` does of a job; compiled once for each instruction set. */
+/* What one of the threads does of a job; compiled once for each instruction set. */
 typedef struct {
-    void (*step)(const Model *model, const Row *rows, int64_t batch, Scratch *scratch, int64_t thread, int64_t threads,
-                 float *out);
-    void (*linear)(const Linear *linear, const float *x, int64_t rows, Bytes *bytes, int64_t thread, int64_t threads,
-                   float *out);
-    void (*normalize)(const float *x, const float *weight, double epsilon, int64_t rows, int64_t width, int64_t thread,
-                      int64_t threads, float *out);
-    void (*activate)(int64_t activation, int64_t gated, const float *x, int64_t rows, int64_t width, int64_t thread,
-                     int64_t threads, float *out);
-    void (*attend)(const Texts *texts, int64_t thread, int64_t threads);
-    void (*shortlist)(const Head *head, const float *states, int64_t rows, HeadScratch *scratch, int64_t thread,
-                      int64_t threads, float *logits);
+    void (*step)(const Model *model, const Row *rows, int64_t batch, Scratch *scratch, Team team, float *out);
+    void (*linear)(const Linear *linear, const float *x, int64_t rows, Bytes *bytes, Team team, float *out);
+    void (*normalize)(const float *x, const float *weight, double epsilon, int64_t rows, int64_t width, Team team,
+                      float *out);
+    void (*activate)(int64_t activation, int64_t gated, const float *x, int64_t rows, int64_t width, Team team,
+                     float *out);
+    void (*attend)(const Texts *texts, Team team);
+    void (*shortlist)(const Head *head, const float *states, int64_t rows, HeadScratch *scratch, Team team,
+                      float *logits);
 } Kernels;
 
 extern const Kernels kernels_avx2, kernels_avx512, kernels_avx512_vnni;
