@@ -44,7 +44,6 @@ EFFORTS = {
         concurrency=(1, 4, 16),
         turnover=1,
         in_flight=(1, 32),
-        short_requests=1_000,
         quality_prompts=100,
     ),
     "trial": Effort(

@@ -6,7 +6,7 @@ import itertools
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import psutil
 import torch
@@ -56,11 +56,16 @@ class OurSystem:
         self.setting = setting
         torch.set_num_threads(place.threads)
         self._threads = place.threads
-        model = modes.load(setting, place) if model is None else model
-        self.vocab_size = model.config.vocab_size
-        self.engine: Engine = make_engine(model, engine_settings(place.device, place.max_running))
+        self._model = modes.load(setting, place) if model is None else model
+        self._settings = engine_settings(place.device, place.max_running)
+        self.vocab_size = self._model.config.vocab_size
+        self.engine: Engine = make_engine(self._model, self._settings)
         self._keys = itertools.count()
         self.encoded_tokens = 0  # prompt tokens so far, as the engine counts them
+
+    def restart(self, *, encoder_cache_bytes: int) -> None:
+        """A new engine, with so much room for prompts that are not in use."""
+        self.engine = make_engine(self._model, replace(self._settings, encoder_cache_bytes=encoder_cache_bytes))
 
     def candidates(self, count: int) -> list[Tuning]:
         del count
