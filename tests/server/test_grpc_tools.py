@@ -123,7 +123,7 @@ def test_a_stream_joins_to_the_whole(curl: Curl) -> None:
     asked = {"mode": "MODE_COT", "instruction": "Take the last letters of Paul Maria and join them."}
     [whole] = curl.ask("Generate", asked)
     *deltas, final = curl.ask("GenerateStream", asked)
-    assert len(deltas) > 5
+    assert len(deltas) > 1  # an engine that is faster than its clients has several tokens for each
     assert "".join(event["delta"].get("text", "") for event in deltas) == whole["outputs"][0]["text"]
     assert [event["delta"].get("finishReason") for event in deltas] == [None] * (len(deltas) - 1) + [
         "FINISH_REASON_STOP"

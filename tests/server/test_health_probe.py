@@ -94,7 +94,7 @@ def test_not_serving_while_loading_serving_while_ready_not_serving_while_drainin
     port = free_port()
     address = f"-addr=127.0.0.1:{port}"
     argv = ("--model", str(checkpoint_folder), "--grpc-port", str(port), "--shutdown-grace-seconds", "60")
-    with ServerProcess(*argv, wait=False) as process:
+    with ServerProcess(*argv, "--max-output-tokens", "8000", wait=False) as process:
         seen: list[int] = []
         began = time.monotonic()
         while SERVING not in seen:
@@ -105,7 +105,7 @@ def test_not_serving_while_loading_serving_while_ready_not_serving_while_drainin
         while not process.rest_url:
             assert time.monotonic() - began < 60
             time.sleep(0.01)
-        body = {"instruction": "Where do cows live?", "n": 4, "max_tokens": 512, "ignore_eos": True, "stream": True}
+        body = {"instruction": "Where do cows live?", "n": 4, "max_tokens": 8000, "ignore_eos": True, "stream": True}
         with httpx.stream("POST", f"{process.rest_url}/v1/generate", json=body, timeout=30) as answer:
             lines = answer.iter_lines()  # kept: httpx closes the response with its iterator
             assert next(lines)

@@ -34,17 +34,17 @@ def test_the_ready_line_says_where(server: ServerProcess) -> None:
 
 
 def test_sigterm_lets_running_requests_finish_and_refuses_new_ones(checkpoint_folder: Path) -> None:
-    with ServerProcess("--model", str(checkpoint_folder), "--max-output-tokens", "400") as server:
+    with ServerProcess("--model", str(checkpoint_folder), "--max-output-tokens", "4000") as server:
         pieces: list[str] = []
         started = threading.Event()
 
         def read_stream() -> None:
             with FlanClient(server.rest_url) as client:
-                stream = client.stream(mode="raw", instruction="the cat", max_tokens=400, ignore_eos=True)
+                stream = client.stream(mode="raw", instruction="the cat", max_tokens=4000, ignore_eos=True)
                 for delta in stream:
                     pieces.append(delta.text)
                     started.set()
-                assert stream.completion.usage.completion_tokens == 400
+                assert stream.completion.usage.completion_tokens == 4000
 
         reader = threading.Thread(target=read_stream)
         reader.start()

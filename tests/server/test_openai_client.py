@@ -233,7 +233,7 @@ async def test_the_client_gathers_a_stream_of_chat_by_its_own_rules(client: Clie
     whole = await client.ask("chat.completions.create", **CHAT)
     assert folded.choices[0].message.content == whole.choices[0].message.content
     assert folded.choices[0].finish_reason == "stop"
-    assert kinds.count("content.delta") > 5
+    assert kinds.count("content.delta") > 1
     assert kinds.count("content.done") == 1
 
 
