@@ -25,12 +25,15 @@ FROM ${BASE_IMAGE} AS dependencies
 # Where torch comes from. Empty: the package index's own build, with CUDA on x86-64 (several GB). The index of CPU
 # builds that PyTorch's installation page names makes an image of about 1.4 GB.
 ARG TORCH_INDEX_URL=
+# Extras of pyproject.toml to install as well, separated by commas: "telemetry" for OpenTelemetry's traces.
+ARG EXTRAS=
 RUN python3 -m venv /opt/venv
 WORKDIR /build
 COPY pyproject.toml ./
 RUN --mount=type=cache,target=/root/.cache/pip \
-    python3 -c "import tomllib; print('\n'.join(tomllib.load(open('pyproject.toml', 'rb'))['project']['dependencies']))" \
-      > requirements.txt \
+    python3 -c "import sys, tomllib; project = tomllib.load(open('pyproject.toml', 'rb'))['project']; \
+extras = [line for name in sys.argv[1].split(',') if name for line in project['optional-dependencies'][name]]; \
+print('\n'.join(project['dependencies'] + extras))" "${EXTRAS}" > requirements.txt \
     && grep '^torch==' requirements.txt > torch.txt \
     && /opt/venv/bin/pip install --disable-pip-version-check ${TORCH_INDEX_URL:+--index-url "$TORCH_INDEX_URL"} \
       -r torch.txt \

@@ -3,6 +3,7 @@
 #   deploy/build-image.sh                  from BASE_IMAGE (default: the Dockerfile's)
 #   BASE=rootfs deploy/build-image.sh      no image registry: a Debian root file system made by mmdebstrap is the base
 # Environment: IMAGE (tag of the result), BASE_IMAGE, TORCH_INDEX_URL (empty = the package index's own torch build),
+# EXTRAS (of pyproject.toml, separated by commas: telemetry),
 # STORE (folder of buildah's and podman's images; default: the user's own), CACHE (where the root file system is kept).
 # The result's tag is the last line printed.
 set -euo pipefail
@@ -14,6 +15,7 @@ IMAGE=${IMAGE:-localhost/flan-serve:$version}
 CACHE=${CACHE:-${XDG_CACHE_HOME:-$HOME/.cache}/flan-serve/image}
 args=(--build-arg "VERSION=$version" --build-arg "REVISION=$revision" --tag "$IMAGE")
 [ -z "${BASE_IMAGE:-}" ] || args+=(--build-arg "BASE_IMAGE=$BASE_IMAGE")
+[ -z "${EXTRAS:-}" ] || args+=(--build-arg "EXTRAS=$EXTRAS")
 [ -z "${TORCH_INDEX_URL+set}" ] || args+=(--build-arg "TORCH_INDEX_URL=$TORCH_INDEX_URL")
 
 store=()

@@ -163,10 +163,11 @@ class ResponseStream:
         if self._tokens is None:
             await self._ticket.granted()
             self._tokens = self._context.runtime.generate(self._runtime_request())
-        await self._tokens.started()
+        begun = await self._tokens.started()
         self._ticket.begin()
         metrics, tracker = self._context.metrics, self._tracker
-        tracker.queue_seconds = tracker.elapsed()
+        # A request that joins a step that has begun did not wait.
+        tracker.queue_seconds = max(0.0, begun - tracker.started)
         tracker.prompt_tokens = self.prepared.prompt_tokens
         metrics.request_queue_time.observe(tracker.queue_seconds)
         metrics.prompt_tokens.inc(self.prepared.prompt_tokens)

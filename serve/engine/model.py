@@ -26,6 +26,8 @@ from serve.engine.packed_linear import Float16Linear, fbgemm_available
 from serve.engine.shortlist_head import MIN_VOCABULARY, ShortlistHead
 from serve.engine.weights import Checkpoint
 
+_FEED_FORWARD_ROWS = 256
+
 
 class DecodeAttention(Protocol):
     """What the decoder asks of the cache; the runner prepares one a step. Queries are [B, H, D], results [B, H * D]."""
@@ -129,7 +131,7 @@ class T5Model:
         h = F.embedding(token_ids, self._embedding)
         for layer in self._encoder:
             h += self._self_attention(layer.attention, h, attend)
-            h += self._feed_forward(layer.feed_forward, h)
+            self._feed_forward(layer.feed_forward, h)
         return self._encoder_norm(h)
 
     def cross_keys_values(self, states: Tensor) -> Iterator[Tensor]:
@@ -146,7 +148,7 @@ class T5Model:
             h += layer.attention.out(attention.self_attention(index, qkv[:, 0], qkv[:, 1:]))
             q = layer.cross.q(layer.cross.norm(h)).view(-1, heads, d_kv)
             h += layer.cross.out(attention.cross_attention(index, q))
-            h += self._feed_forward(layer.feed_forward, h)
+            self._feed_forward(layer.feed_forward, h)
         return self._decoder_norm(h)
 
     def decode_forced(
@@ -167,7 +169,7 @@ class T5Model:
             key, value = keys_values.to(q.dtype)
             attended = F.scaled_dot_product_attention(q[None], key[None], value[None], scale=1.0)
             h += layer.cross.out(attended[0].transpose(0, 1).flatten(1))
-            h += self._feed_forward(layer.feed_forward, h)
+            self._feed_forward(layer.feed_forward, h)
         return self._decoder_norm(h)
 
     def logits(self, states: Tensor, best_only: SequenceOf[bool] = ()) -> Tensor:
@@ -190,8 +192,14 @@ class T5Model:
         q, k, v = layer.qkv(x).view(-1, 3, self.config.num_heads, self.config.d_kv).unbind(1)
         return layer.out(attend(q, k, v).flatten(1))
 
-    def _feed_forward(self, layer: _FeedForward, h: Tensor) -> Tensor:
-        return layer.wo(self._activation(layer.wi(layer.norm(h))))
+    def _feed_forward(self, layer: _FeedForward, h: Tensor) -> None:
+        """h += the layer's feed-forward of it.
+
+        In pieces, where a row's result does not depend on them: its inner activations are the largest tensor of all,
+        and fresh memory for thousands of rows takes the system as long to give as the products take.
+        """
+        for part in h.split(_FEED_FORWARD_ROWS) if self._native else (h,):
+            part += layer.wo(self._activation(layer.wi(layer.norm(part))))
 
     def _native_layers(self) -> list[LayerWeights] | None:
         """The decoder's layers for our own kernels; None where some are not theirs (int8 without VNNI)."""

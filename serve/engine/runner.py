@@ -64,6 +64,7 @@ class ModelRunner:
                     device=model.device,
                     dtype=model.cache_dtype,
                     limit=limit,
+                    zeroed=model.native_decoder is None,
                 )
                 for _ in ("self", "cross")
             )

@@ -13,7 +13,7 @@ from serve.engine.cache import CacheOperation, ClearRow, CopyRow, ForgetSaved, R
 _SHRINK_BELOW = 4  # a slab gives memory back when fewer than 1/4 of its rows are in use
 
 
-_KEPT_SHARE = 8  # up to 1/8 of the budget is kept as memory that no slab uses at the moment
+_KEPT_SHARE, _MOST_KEPT = 8, 128 << 20  # bytes that are kept although no slab uses them: 1/8 of the budget, or less
 
 
 class SlabLimit:
@@ -29,20 +29,25 @@ class SlabLimit:
         self._kept: list[Tensor] = []  # uint8, the ones given last at the end
 
     def take(self, num_bytes: int, device: torch.device) -> Tensor:
-        """Memory [num_bytes] uint8 with anything in it: the smallest that is kept and not far too big, else new."""
-        fitting = [kept for kept in self._kept if num_bytes <= kept.nbytes <= 2 * num_bytes]
-        if not fitting or device.type != "cpu":
+        """Memory of at least `num_bytes` [bytes] uint8 with anything in it: some that is kept, else new.
+
+        On a CPU it is of a power of two, so that what one slab gives up fits the next; what is never touched of it
+        takes no memory.
+        """
+        if device.type != "cpu":
             return torch.empty(num_bytes, dtype=torch.uint8, device=device)
-        best = min(fitting, key=lambda kept: kept.nbytes)
-        self._kept = [kept for kept in self._kept if kept is not best]
-        return best
+        size = 1 << (num_bytes - 1).bit_length()
+        for place in reversed(range(len(self._kept))):
+            if self._kept[place].nbytes == size:
+                return self._kept.pop(place)
+        return torch.empty(size, dtype=torch.uint8)
 
     def give(self, memory: Tensor) -> None:
         """Keep what `take` gave, and forget what has been kept longest where it becomes too much."""
         if memory.device.type != "cpu":
             return
         self._kept.append(memory)
-        while self.kept_bytes > self.max_bytes // _KEPT_SHARE:
+        while self.kept_bytes > min(self.max_bytes // _KEPT_SHARE, _MOST_KEPT):
             self._kept.pop(0)
 
     @property
@@ -60,17 +65,28 @@ class Slabs:
     In this order all rows' keys, and all their values, are a batch of matrices as they lie.
 
     A slab doubles when it is full, so that growing costs one copy a doubling, as long as both pools together stay
-    below `limit.max_bytes`; beyond that it grows by an eighth. It starts as zeros because a masked position still
-    takes part in the product with its weight of 0, and 0 times garbage may be NaN.
+    below `limit.max_bytes`; beyond that it grows by an eighth.
     """
 
     def __init__(
-        self, layers: int, heads: int, d_kv: int, *, device: torch.device, dtype: torch.dtype, limit: SlabLimit
+        self,
+        layers: int,
+        heads: int,
+        d_kv: int,
+        *,
+        device: torch.device,
+        dtype: torch.dtype,
+        limit: SlabLimit,
+        zeroed: bool = True,
     ) -> None:
+        """`zeroed` False is for attention that reads a row's own positions only. In others a masked position still
+        takes part in the product with its weight of 0, and 0 times garbage may be NaN.
+        """
         self._shape = (layers, heads, d_kv)
         self._device = device
         self._dtype = dtype
         self._limit = limit
+        self._zeroed = zeroed
         limit.slabs.append(self)
         self._slabs: dict[int, Tensor] = {}
         self._memory: dict[int, Tensor] = {}  # what each slab lies in
@@ -127,7 +143,8 @@ class Slabs:
         kept = 0 if old is None else min(rows, old.shape[2])
         if old is not None:
             slab[:, :, :kept] = old[:, :, :kept]
-        slab[:, :, kept:] = 0
+        if self._zeroed:
+            slab[:, :, kept:] = 0
         if old is not None:
             self._limit.give(self._memory[capacity])
         self._slabs[capacity], self._memory[capacity] = slab, memory

@@ -63,8 +63,9 @@ class TokenStream(Protocol):
         """
         ...
 
-    async def started(self) -> None:
-        """Return once the engine has begun this request (raises EngineFailure if it never will)."""
+    async def started(self) -> float:
+        """Return once the engine has begun this request: when that was, by `time.monotonic` (raises EngineFailure if
+        it never will)."""
         ...
 
     def finish(self, index: int) -> None:

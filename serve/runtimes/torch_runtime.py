@@ -279,7 +279,7 @@ class TorchRuntime:
     def _serve(self, engine: Engine, timed: TimedRunner) -> None:
         while not self._stopping:
             self._wake.clear()  # before the inbox is read: what comes later sets it again
-            self._step_began = time.monotonic()
+            self._step_began = began = time.monotonic()
             while self._inbox:
                 self._inbox.popleft()(engine)
             if not engine.has_work:
@@ -290,7 +290,7 @@ class TorchRuntime:
             if output.stats is not None:
                 self._observe(_step_stats(output.stats, timed))
             if output.started or output.deltas or output.scores:
-                self._hand_over(self._deliver, output)
+                self._hand_over(self._deliver, (output, began))
 
     def _observe(self, stats: StepStats) -> None:
         """Who only watches must not be able to end the engine."""
@@ -311,10 +311,12 @@ class TorchRuntime:
 
     # --- the event loop ---
 
-    def _deliver(self, output: StepOutput) -> None:
+    def _deliver(self, told: tuple[StepOutput, float]) -> None:
+        """What a step brought, and when it began: that is when the requests that it took in left the queue."""
+        output, began = told
         for key in output.started:
             if (stream := self._streams.get(key)) is not None:
-                stream.begin()
+                stream.begin(began)
         for key, deltas in output.deltas.items():
             if (stream := self._streams.get(key)) is not None:
                 stream.put(deltas)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import AsyncIterator
 from typing import Protocol
 
@@ -32,6 +33,7 @@ class TorchStream:
         self._pending: dict[int, TokenDelta] = {}  # by index, in the order they are to be taken
         self._news = asyncio.Event()
         self._begun = asyncio.Event()
+        self._begun_at = 0.0
         self._failure: str | None = None
         self._running = set(range(num_sequences))  # sequences that the engine still works on
 
@@ -53,10 +55,11 @@ class TorchStream:
             self._news.clear()
             await self._news.wait()
 
-    async def started(self) -> None:
+    async def started(self) -> float:
         await self._begun.wait()
         if self._failure is not None:
             raise EngineFailure(self._failure)
+        return self._begun_at
 
     def finish(self, index: int) -> None:
         if index not in self._open:
@@ -74,13 +77,15 @@ class TorchStream:
         self._abort()
         self._note_end()
 
-    def begin(self) -> None:
-        """The engine has taken the request in."""
-        self._begun.set()
+    def begin(self, at: float | None = None) -> None:
+        """The engine has taken the request in, `at` a time that has passed already (`time.monotonic`; default: now)."""
+        if not self._begun.is_set():
+            self._begun_at = time.monotonic() if at is None else at
+            self._begun.set()
 
     def put(self, deltas: list[TokenDelta]) -> None:
         """New deltas from the engine."""
-        self._begun.set()  # a request that is refused never starts otherwise
+        self.begin()  # a request that is refused never starts otherwise
         for delta in deltas:
             if delta.finish_reason is not None:
                 self._running.discard(delta.index)
@@ -93,12 +98,12 @@ class TorchStream:
         """The engine is gone."""
         self._running.clear()
         self._failure = message
-        self._begun.set()
+        self.begin()
         self._news.set()
 
     def _note_end(self) -> None:
         if not self._open:
-            self._begun.set()
+            self.begin()
             self._news.set()
 
     def _abort(self) -> None:

@@ -90,6 +90,20 @@ async def until(condition: Callable[[], bool]) -> None:
             await asyncio.sleep(0.005)
 
 
+async def test_a_request_begins_with_the_step_that_takes_it_in(folder: Path) -> None:
+    """Not with that step's end: what the step takes is no time in the queue."""
+    async with started(folder) as (runtime, _):
+        runtime.gate.open.clear()
+        asked = time.monotonic()
+        stream = runtime.generate(request())
+        await asyncio.sleep(0.3)
+        runtime.gate.open.set()
+        began = await stream.started()
+        assert asked <= began < asked + 0.25
+        assert time.monotonic() >= asked + 0.3
+        await collect(stream)
+
+
 async def test_streams_every_sequence_to_its_end(folder: Path) -> None:
     async with started(folder) as (runtime, stats):
         _protocol: Runtime = runtime

@@ -14,6 +14,7 @@ ignore_eos), `finish` and `aclose` free rooms at once, `kill` fails every waiter
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
@@ -164,8 +165,9 @@ class ScriptedStream:
     def __aiter__(self) -> ScriptedStream:
         return self
 
-    async def started(self) -> None:
+    async def started(self) -> float:
         await self._pass(self._runtime.start_seconds)
+        return time.monotonic()
 
     async def __anext__(self) -> TokenDelta:
         while not self._ready:
