@@ -198,7 +198,7 @@ class T5Model:
         In pieces, where a row's result does not depend on them: its inner activations are the largest tensor of all,
         and fresh memory for thousands of rows takes the system as long to give as the products take.
         """
-        for part in h.split(_FEED_FORWARD_ROWS) if self._native else (h,):
+        for part in torch.split(h, _FEED_FORWARD_ROWS) if self._native else (h,):
             part += layer.wo(self._activation(layer.wi(layer.norm(part))))
 
     def _native_layers(self) -> list[LayerWeights] | None:
