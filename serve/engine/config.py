@@ -90,13 +90,15 @@ class EngineSettings:
 
     `encode_tokens_per_step` bounds one encode batch, and one chunk of scoring, in tokens (a longer prompt goes
     alone). `cache_bytes` is the room of both pools together; `encoder_cache_bytes` is on top of it, for prompts that
-    no sequence uses at the moment.
+    no sequence uses at the moment. `thread_worth_seconds` is what a decode step on all threads has to save, on a CPU,
+    to be worth it: what else the last of the cores would do meanwhile.
     """
 
     max_running_sequences: int = 32
     encode_tokens_per_step: int = 2048
     cache_bytes: int = 1 << 30
     encoder_cache_bytes: int = 1 << 26
+    thread_worth_seconds: float = 0.0
 
     def __post_init__(self) -> None:
         for name in ("max_running_sequences", "encode_tokens_per_step", "cache_bytes"):

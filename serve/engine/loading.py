@@ -57,7 +57,7 @@ def make_runner(model: T5Model, settings: EngineSettings, *, paged: bool | None 
             )
         else:
             return PagedRunner(model, settings)
-    return ModelRunner(model, cache_bytes=settings.cache_bytes)
+    return ModelRunner(model, cache_bytes=settings.cache_bytes, thread_worth_seconds=settings.thread_worth_seconds)
 
 
 def make_engine(model: T5Model, settings: EngineSettings, runner: Runner | None = None) -> Engine:

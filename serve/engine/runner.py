@@ -50,10 +50,12 @@ class Runner(Protocol):
 class ModelRunner:
     """A model and its cache tensors on one device."""
 
-    def __init__(self, model: T5Model, *, cache_bytes: int) -> None:
+    def __init__(self, model: T5Model, *, cache_bytes: int, thread_worth_seconds: float = 0.0) -> None:
+        """`thread_worth_seconds`: see EngineSettings."""
         config = model.config
         self._model = model
-        self._threads = ThreadChoice.of(model) if model.device.type == "cpu" else None
+        on_cpu = model.device.type == "cpu"
+        self._threads = ThreadChoice.of(model, worth_seconds=thread_worth_seconds) if on_cpu else None
         limit = SlabLimit(cache_bytes)
         self.cache = CacheTensors(
             *(

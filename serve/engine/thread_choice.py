@@ -25,20 +25,22 @@ _GAIN = 1.05  # all threads have to be so many times as fast
 class ThreadChoice:
     """Made once a model; `with choice(rows):` around a step."""
 
-    def __init__(self, seconds: Callable[[int, int], float]) -> None:
-        """`seconds(rows, threads)` is what a step of so many rows takes on so many threads."""
+    def __init__(self, seconds: Callable[[int, int], float], *, worth_seconds: float = 0.0) -> None:
+        """`seconds(rows, threads)` is what a step of so many rows takes on so many threads; `worth_seconds` is what all
+        threads have to save at least.
+        """
         self._threads = torch.get_num_threads()
         self._most_rows_alone = 0
         if self._threads == 1:
             return
         for rows in _ROWS:
             alone = seconds(rows, 1)
-            if alone > _SLOW_SECONDS or alone > _GAIN * seconds(rows, self._threads):
+            if alone > _SLOW_SECONDS or alone > _GAIN * seconds(rows, self._threads) + worth_seconds:
                 break
             self._most_rows_alone = rows
 
     @classmethod
-    def of(cls, model: T5Model) -> ThreadChoice:
+    def of(cls, model: T5Model, *, worth_seconds: float = 0.0) -> ThreadChoice:
         """By trying the decoder's layers, without a cache."""
         heads, d_kv = model.config.num_heads, model.config.d_kv
 
@@ -63,7 +65,7 @@ class ThreadChoice:
                         break
             return least
 
-        return cls(seconds)
+        return cls(seconds, worth_seconds=worth_seconds)
 
     @contextmanager
     def __call__(self, rows: int) -> Iterator[None]:

@@ -31,6 +31,12 @@ def test_few_rows_take_one_thread_as_far_as_that_is_faster() -> None:
     assert torch.get_num_threads() == 4
 
 
+def test_all_threads_have_to_be_worth_what_they_keep_from_others() -> None:
+    """Four threads save 7.5 ms for each row; worth 20 ms, they begin at three rows."""
+    choice = ThreadChoice(lambda rows, threads: rows * (0.01 if threads == 1 else 0.0025), worth_seconds=0.02)
+    assert [threads_of(choice, rows) for rows in (1, 2, 3, 4, 8)] == [1, 1, 4, 4, 4]
+
+
 def test_all_threads_where_they_always_pay() -> None:
     choice = ThreadChoice(lambda rows, threads: rows / threads / 1000)
     assert [threads_of(choice, rows) for rows in (1, 32)] == [4, 4]
