@@ -41,7 +41,7 @@ def test_cuda_without_triton_runs_slowly_and_says_so(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setitem(sys.modules, PAGED, None)  # an ImportError, as a missing Triton gives
-    monkeypatch.setattr(loading, "ModelRunner", lambda model, cache_bytes: ("rows", cache_bytes))
+    monkeypatch.setattr(loading, "ModelRunner", lambda model, *, cache_bytes, **_: ("rows", cache_bytes))
     with caplog.at_level(logging.WARNING):
         assert make_runner(a_model_on("cuda"), EngineSettings(cache_bytes=7)) == ("rows", 7)  # type: ignore[comparison-overlap]
     assert "Triton is missing" in caplog.text
