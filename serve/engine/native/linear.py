@@ -55,7 +55,8 @@ class NativeLinear:
         x = x.contiguous()
         out = torch.empty(rows, self._blocks * BLOCK)
         library, threads = loaded(), torch.get_num_threads()
-        bytes_table, _room = room_for_bytes(min(rows, _ROWS), self.inputs)
+        quantized_rows = min(rows, _ROWS) if self.kind >= Kind.INT8 else 0
+        bytes_table, _room = room_for_bytes(quantized_rows, self.inputs)
         for start in range(0, rows, _ROWS):
             library.flan_linear(
                 level(), threads, ctypes.byref(self.table), x.data_ptr() + 4 * start * self.inputs,
