@@ -54,9 +54,9 @@ class Settings:
     device: str = _option("auto", "where it runs", choices=("auto", "cpu", "cuda"))
     dtype: str = _option(
         "auto",
-        "number format (auto: on a CPU weights in float16 with float32 arithmetic, on CUDA bfloat16; "
-        "int8: on a CPU only)",
-        choices=("auto", "float32", "bfloat16", "float16", "int8"),
+        "number format (auto: on a CPU weights in 16 bits, int16 where the processor has AVX-512 VNNI, else float16; "
+        "on CUDA bfloat16; int16, int8: of T5 on a CPU only)",
+        choices=("auto", "float32", "bfloat16", "float16", "int16", "int8"),
     )
     host: str = _option("127.0.0.1", "address to listen on, REST and gRPC", metavar="ADDRESS")
     port: int = _option(8000, "REST port; 0 = any free", low=0, high=65535)

@@ -13,8 +13,8 @@ from typing import Any
 
 from loadtests.bench.shapes import Shape
 
-_WEIGHT_BYTES = {"float32": 4, "float16": 2, "int8": 1}
-_CACHE_BYTES = {"float32": 4, "float16": 2, "int8": 2}
+_WEIGHT_BYTES = {"float32": 4, "float16": 2, "int16": 2, "int8": 1}
+_CACHE_BYTES = {"float32": 4, "float16": 2, "int16": 2, "int8": 2}
 
 
 @dataclass(frozen=True, slots=True)

@@ -18,7 +18,7 @@ from loadtests.bench.workloads.quality import DEMO
 
 _ROUNDS = {"full": 5, "quick": 3, "trial": 1}
 _SHAPES = {"full": "flan-t5-small,flan-t5-base", "quick": "flan-t5-small", "trial": "tiny"}
-_QUICK_MODES = ("float32", "int8")
+_QUICK_MODES = ("float16", "int16", "int8")
 _MINUTES = {"quick": 8.0}
 _NO_CUDA = "--device cuda: this machine has no usable CUDA device, so nothing was measured"
 

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import inspect
 import json
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from loadtests.bench.shapes import SHAPES, config_of, random_tensors
 from loadtests.bench.system import Place
@@ -15,6 +14,7 @@ from loadtests.bench.system import Place
 if TYPE_CHECKING:
     import torch
 
+    from serve.engine.layers import WeightFormat
     from serve.engine.model import T5Model
     from serve.engine.weights import Checkpoint
 
@@ -26,18 +26,19 @@ class Mode:
     """How the engine is asked for a mode: the dtype of activations, and how weights are stored where it can choose."""
 
     dtype: str
-    weights: str = "plain"
+    weights: WeightFormat = "plain"
 
 
 _CPU = {
     "float32": Mode("float32"),
     "float16": Mode("float32", weights="float16"),
+    "int16": Mode("float32", weights="int16"),
     "int8": Mode("float32", weights="int8"),
     "bfloat16": Mode("bfloat16"),
 }
 _CUDA = {"float32": Mode("float32"), "bfloat16": Mode("bfloat16"), "float16": Mode("float16")}
 MODES = {"cpu": _CPU, "cuda": _CUDA}
-_DEFAULT = {"cpu": ("float32", "float16", "int8"), "cuda": ("bfloat16",)}
+_DEFAULT = {"cpu": ("float32", "float16", "int16", "int8"), "cuda": ("bfloat16",)}
 
 
 def drawn(place: Place, dtype: torch.dtype) -> Checkpoint:
@@ -76,8 +77,12 @@ def refusal(name: str, device: str) -> str | None:
     """
     if name not in MODES[device]:
         raise ValueError(f"no mode {name!r} on {device}; there are {', '.join(known(device))}")
-    if MODES[device][name].weights != "plain" and not _chooses_weights():
-        return f"mode {name} is skipped: this engine stores weights only in the dtype it computes in"
+    from serve.engine.number_format import NumberFormat
+
+    try:
+        NumberFormat.of(name, device)
+    except ValueError as error:
+        return f"mode {name} is skipped: {error}"
     return None
 
 
@@ -95,14 +100,7 @@ def load(name: str, place: Place) -> T5Model:
     if (problem := refusal(name, place.device)) is not None:
         raise ValueError(problem)
     mode = MODES[place.device][name]
-    device, dtype = torch.device(place.device), getattr(torch, mode.dtype)
-    chosen: dict[str, Any] = {} if mode.weights == "plain" else {"weights": mode.weights}
+    device, dtype, limit = torch.device(place.device), getattr(torch, mode.dtype), place.vocab_limit
     if place.folder is None:
-        return T5Model(drawn(place, dtype), device=device, dtype=dtype, vocab_limit=place.vocab_limit, **chosen)
-    return load_model(Path(place.folder), device=device, dtype=dtype, vocab_limit=place.vocab_limit, **chosen)
-
-
-def _chooses_weights() -> bool:
-    from serve.engine.loading import load_model
-
-    return "weights" in inspect.signature(load_model).parameters
+        return T5Model(drawn(place, dtype), device=device, dtype=dtype, weights=mode.weights, vocab_limit=limit)
+    return load_model(Path(place.folder), device=device, dtype=dtype, weights=mode.weights, vocab_limit=limit)

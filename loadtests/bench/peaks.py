@@ -48,7 +48,7 @@ def measure(threads: int) -> dict[str, float]:
     if fbgemm_available():
         products["float16"] = [Float16Linear(weight)]
         products["int8"] = [int8_linear(weight, few_rows=few) for few in (False, True)]
-    for kind in (Kind.FLOAT32, Kind.FLOAT16, Kind.INT8):
+    for kind in (Kind.FLOAT32, Kind.FLOAT16, Kind.INT16, Kind.INT8):
         if NativeLinear.fits(weight, kind):
             products.setdefault(kind.name.lower(), []).append(NativeLinear(weight, kind))
     rates: dict[str, float] = {}

@@ -163,11 +163,11 @@ class OneDnnLinear:
         return out
 
 
-def quantized(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """`weight` [out, in] as int8 -127..127, and its scales [out] float32."""
-    scales = (weight.abs().amax(1).double() / 127).clamp_(min=1e-30)
-    numbers = (weight / scales[:, None]).round_().clamp_(-127, 127).to(torch.int8)
-    return numbers, scales.float()
+def quantized(weight: Tensor, most: int = 127) -> tuple[Tensor, Tensor]:
+    """`weight` [out, in] as integers -most..most (int8, or int16 beyond 127), and its scales [out] float32."""
+    scales = (weight.abs().amax(1).double() / most).clamp_(min=1e-30)
+    numbers = (weight / scales[:, None]).round_().clamp_(-most, most)
+    return numbers.to(torch.int8 if most <= 127 else torch.int16), scales.float()
 
 
 def _largest(x: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ from serve.engine.native.library import ACTIVATIONS, Kind, Level, level
 from serve.engine.native.linear import NativeLinear
 from serve.engine.packed_linear import Float16Linear, PackedLinear, onednn_available
 
-WeightFormat = Literal["plain", "float16", "int8"]  # "plain": as the model's dtype says
+WeightFormat = Literal["plain", "float16", "int16", "int8"]  # "plain": as the model's dtype says
 _GELU_SLOPE = 2 * math.sqrt(2 / math.pi)
 _MANY_ROWS = 4  # fewer are done sooner in one operation than in five
 
@@ -62,7 +62,8 @@ def make_linear(
 
     `weights` other than "plain" are for a float32 model on a CPU. `few_rows` marks a layer of the decode step,
     `delicate` one (T5's `wo`) whose activations overflow float16 and are too uneven for int8; float16 *weights* with
-    float32 arithmetic do it no harm.
+    float32 arithmetic, and int16 with its scale for 32 activations, do it no harm. int16 is float16 where our own
+    kernels do not take the layer.
     """
     if dtype is torch.float16 and delicate:
         return Float32Linear(weight.to(device))
@@ -87,7 +88,7 @@ def native_kind(weights: WeightFormat, *, delicate: bool) -> Kind:
     """What the native kernels call a layer's weights."""
     if weights == "int8":
         return Kind.INT8_FINE if delicate else Kind.INT8
-    return Kind.FLOAT16 if weights == "float16" else Kind.FLOAT32
+    return {"plain": Kind.FLOAT32, "float16": Kind.FLOAT16, "int16": Kind.INT16}[weights]
 
 
 class RmsNorm:

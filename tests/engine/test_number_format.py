@@ -17,6 +17,7 @@ from serve.engine.int8_linear import FbgemmLinear, Int8Linear, OneDnnLinear, vnn
 from serve.engine.layers import WeightFormat, make_linear
 from serve.engine.loading import load_model
 from serve.engine.model import T5Model
+from serve.engine.native.library import Level
 from serve.engine.number_format import NumberFormat
 from serve.engine.packed_linear import Float16Linear, PackedLinear, fbgemm_available, onednn_available
 from serve.engine.shortlist_head import MIN_VOCABULARY, ShortlistHead
@@ -28,7 +29,7 @@ from tests.engine.test_model import greedy, random_prompts
 
 CPU = torch.device("cpu")
 pytestmark = pytest.mark.usefixtures("kernels")
-FORMATS: tuple[WeightFormat, ...] = ("float16", "int8")
+FORMATS: tuple[WeightFormat, ...] = ("float16", "int16", "int8")  # int16 without our kernels is float16
 needs_fbgemm = pytest.mark.skipif(not fbgemm_available(), reason="no packed kernels on this processor")
 
 
@@ -38,15 +39,26 @@ def loaded(folder: Path, weights: WeightFormat, vocab_limit: int | None = None) 
 
 def test_formats_of_a_device(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(number_format, "fbgemm_available", lambda: True)
-    assert NumberFormat.of("auto", "cpu") == NumberFormat("float16", torch.float32, "float16")
+    monkeypatch.setattr(number_format, "level", lambda: Level.AVX512_VNNI)
+    assert NumberFormat.of("auto", "cpu") == NumberFormat("int16", torch.float32, "int16")
+    assert NumberFormat.of("float16", "cpu") == NumberFormat("float16", torch.float32, "float16")
     assert NumberFormat.of("int8", "cpu") == NumberFormat("int8", torch.float32, "int8")
     assert NumberFormat.of("float32", "cpu") == NumberFormat("float32", torch.float32, "plain")
     assert NumberFormat.of("bfloat16", "cpu") == NumberFormat("bfloat16", torch.bfloat16, "plain")
     assert NumberFormat.of("auto", "cpu", packs=False) == NumberFormat("float32", torch.float32, "plain")
     assert NumberFormat.of("auto", "cuda") == NumberFormat("bfloat16", torch.bfloat16, "plain")
     assert NumberFormat.of("float16", "cuda") == NumberFormat("float16", torch.float16, "plain")
-    with pytest.raises(ValueError, match="int8 is not supported on cuda"):
-        NumberFormat.of("int8", "cuda")
+    for name in ("int16", "int8"):
+        with pytest.raises(ValueError, match=f"{name} is not supported on cuda"):
+            NumberFormat.of(name, "cuda")
+
+
+def test_int16_is_for_processors_with_its_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(number_format, "fbgemm_available", lambda: True)
+    monkeypatch.setattr(number_format, "level", lambda: Level.AVX512)
+    assert NumberFormat.of("auto", "cpu") == NumberFormat("float16", torch.float32, "float16")
+    with pytest.raises(ValueError, match=r"int16 is not supported on cpu here; use float32, bfloat16, float16, int8$"):
+        NumberFormat.of("int16", "cpu")
 
 
 def test_without_packed_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -94,7 +106,7 @@ def test_crowd_equals_alone(small_folder: Path, weights: WeightFormat) -> None:
 
 
 @needs_fbgemm
-@pytest.mark.parametrize(("weights", "tolerance"), [("float16", 2e-2), ("int8", 0.5)])
+@pytest.mark.parametrize(("weights", "tolerance"), [("float16", 2e-2), ("int16", 2e-2), ("int8", 0.5)])
 def test_logits_stay_near_float32(small_folder: Path, model: T5Model, weights: WeightFormat, tolerance: float) -> None:
     prompts = random_prompts((8, 40, 200), 380)
     _, wide = greedy(model, prompts, 1)
@@ -105,7 +117,7 @@ def test_logits_stay_near_float32(small_folder: Path, model: T5Model, weights: W
 
 
 @needs_fbgemm
-@pytest.mark.parametrize(("weights", "least"), [("float16", 0.998), ("int8", 0.98)])
+@pytest.mark.parametrize(("weights", "least"), [("float16", 0.998), ("int16", 0.998), ("int8", 0.98)])
 def test_the_demo_says_the_same_as_in_float32(weights: WeightFormat, least: float) -> None:
     """Greedy agreement on a trained model: the share of positions, teacher-forced by float32's own text."""
     from transformers import AutoTokenizer

@@ -252,9 +252,9 @@ def test_defaults_follow_the_effort() -> None:
     full, quick = asked(), asked("--quick")
     assert (full.rounds, full.minutes, full.shapes) == (5, None, ("flan-t5-small", "flan-t5-base"))
     assert (quick.minutes, quick.shapes) == (8.0, ("flan-t5-small",))
-    assert full.settings == ("float32", "float16", "int8")
-    assert quick.settings == ("float32", "int8")
-    assert full.quality_settings == ("float32", "float16", "int8", "bfloat16")
+    assert full.settings == ("float32", "float16", "int16", "int8")
+    assert quick.settings == ("float16", "int16", "int8")
+    assert full.quality_settings == ("float32", "float16", "int16", "int8", "bfloat16")
     assert asked("--modes", "int8").quality_settings == ("int8",)
 
 
@@ -274,7 +274,7 @@ def test_wrong_options_are_named(arguments: tuple[str, ...], words: str) -> None
 
 
 def test_modes_that_the_engine_lacks_are_skipped_and_said(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(modes, "_chooses_weights", lambda: False)
+    monkeypatch.setattr("serve.engine.number_format.fbgemm_available", lambda: False)
     monkeypatch.setattr(running, "_at_home", lambda options, findings: seen.append(options))
     seen: list[Options] = []
     record = running.run(asked("--modes", "float32,int8", "--systems", "ours"))

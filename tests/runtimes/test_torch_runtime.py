@@ -15,6 +15,7 @@ import torch
 
 from serve.engine.config import EngineSettings
 from serve.engine.model import T5Model
+from serve.engine.native.library import Level, level
 from serve.engine.packed_linear import fbgemm_available
 from serve.engine.runner import ModelRunner, Runner
 from serve.engine.scheduler import StepPlan
@@ -295,14 +296,17 @@ async def test_the_dtype_in_effect_runs_and_is_told(folder: Path, dtype: str) ->
     try:
         deltas = (await collect(runtime.generate(request())))[0]
         assert sum(len(delta.token_ids) for delta in deltas) == 8
-        auto = "float16" if fbgemm_available() else "float32"
+        auto = "int16" if level() is Level.AVX512_VNNI else "float16" if fbgemm_available() else "float32"
         assert runtime.info.dtype == (auto if dtype == "auto" else dtype)
     finally:
         await runtime.stop()
 
 
 def test_a_dtype_that_the_runtime_lacks() -> None:
-    with pytest.raises(CheckpointError, match="--dtype int8 is not supported on cpu here; use float32, bfloat16"):
-        resolve_format("int8", "cpu", packs=False)
-    with pytest.raises(CheckpointError, match="--dtype int8 is not supported on cuda"):
-        resolve_format("int8", "cuda", packs=True)
+    for dtype in ("int16", "int8"):
+        with pytest.raises(
+            CheckpointError, match=f"--dtype {dtype} is not supported on cpu here; use float32, bfloat16"
+        ):
+            resolve_format(dtype, "cpu", packs=False)
+        with pytest.raises(CheckpointError, match=f"--dtype {dtype} is not supported on cuda"):
+            resolve_format(dtype, "cuda", packs=True)

@@ -16,7 +16,7 @@ from torch import Tensor
 from serve.engine.cache import MIN_CAPACITY
 from serve.engine.config import ModelConfig
 from serve.engine.native.library import ACTIVATIONS, LayerTable, Level, ModelTable, ScratchTable, address, level, loaded
-from serve.engine.native.linear import BLOCK, NativeLinear, room_for_bytes
+from serve.engine.native.linear import BLOCK, NativeLinear, room_for_quantized
 from serve.engine.sequence import Sequence
 from serve.engine.slabs import CacheTensors
 
@@ -155,7 +155,7 @@ class NativeDecoder:
         x = start + 4 * rows * h_step
         y = x + 4 * rows * x_step
         scores = y + 4 * rows * y_step
-        table, room = room_for_bytes(rows, max(config.d_model, config.inner, config.d_ff))
+        table, room = room_for_quantized(rows, max(config.d_model, config.inner, config.d_ff))
         self._scratch = ScratchTable(start, x, y, scores, h_step, x_step, y_step, scores_step, 0, 0, table)
         self._room = (floats, room)
         self._fits = (rows, longest, threads)

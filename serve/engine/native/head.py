@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from serve.engine.native.library import HeadScratchTable, HeadTable, Kind, address, level, loaded
-from serve.engine.native.linear import NativeLinear, room_for_bytes
+from serve.engine.native.linear import NativeLinear, room_for_quantized
 from serve.engine.shortlist_head import BLOCK, MAX_CANDIDATES, block_bounds
 
 
@@ -43,8 +43,8 @@ class NativeShortlistHead:
         self._make_room(rows)
         states = states.contiguous()
         candidates = torch.empty(threads, rows, dtype=torch.int64)
-        bytes_table, norm, loss, best, bound = self._places
-        scratch = HeadScratchTable(bytes_table, norm, loss, best, bound, address(candidates))
+        table, norm, loss, best, bound = self._places
+        scratch = HeadScratchTable(table, norm, loss, best, bound, address(candidates))
         loaded().flan_shortlist(
             level(), threads, ctypes.byref(self._table), states.data_ptr(), rows, ctypes.byref(scratch),
             self._logits.data_ptr(),
@@ -60,6 +60,6 @@ class NativeShortlistHead:
         floats = torch.empty(rows * (2 + 2 * self._blocks))
         norm = address(floats)
         loss, best = norm + 4 * rows, norm + 8 * rows
-        table, room = room_for_bytes(rows, self._width)
+        table, room = room_for_quantized(rows, self._width)
         self._places = (table, norm, loss, best, best + 4 * rows * self._blocks)
         self._room = (floats, room)

@@ -47,10 +47,10 @@ void flan_step(int64_t level, int64_t threads, const Model *model, const Row *ro
     PARALLEL(step(model, rows, batch, scratch, team, out))
 }
 
-/* out [rows, 64 * blocks] = x [rows, inputs] W^T. `bytes` are room for int8 layers' rows. */
-void flan_linear(int64_t level, int64_t threads, const Linear *linear, const float *x, int64_t rows, Bytes *bytes,
+/* out [rows, 64 * blocks] = x [rows, inputs] W^T. `quantized` is room for integer layers' rows. */
+void flan_linear(int64_t level, int64_t threads, const Linear *linear, const float *x, int64_t rows, Quantized *quantized,
                  float *out) {
-    PARALLEL(linear(linear, x, rows, bytes, team, out))
+    PARALLEL(linear(linear, x, rows, quantized, team, out))
 }
 
 /* T5's norm of x [rows, width]. */

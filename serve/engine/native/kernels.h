@@ -116,6 +116,138 @@ static void NAME(float16_rows)(int64_t add, int64_t rows, const float *x, int64_
     else NAME(float_rows)(1, 0, rows, x, x_step, w, ahead, inputs, out, out_step);
 }
 
+/* -- products with int16 weights --------------------------------------------------------------------------------------
+ * Both factors are -8191..8191: weights with a scale an output, activations with one for each GROUP of a row. Sums of a
+ * group are integers, so exact; those of groups are float32. A group whose largest number would cost its neighbours
+ * their last bits (T5's `wo` gets some a thousand times the others) is *uneven*: what rounding leaves over of it is
+ * multiplied, too. Weights lie as [blocks][inputs / 2][64][2]. Only with VNNI: else float weights are as fast. */
+
+#ifdef WITH_VNNI
+static void NAME(groups)(const float *x, int64_t count, vf *largest, vf *sum, vf *check) {
+    vf most[LANES], sums[LANES];
+    for (int64_t group = 0; group < LANES; group++) {
+        const vf low = group < count ? v_load(x + group * GROUP) : v_zero();
+        const vf high = group < count ? v_load(x + group * GROUP + LANES) : v_zero();
+        *check = v_fma(low, v_zero(), v_fma(high, v_zero(), *check));
+        most[group] = v_max(v_abs(low), v_abs(high));
+        sums[group] = v_add(v_abs(low), v_abs(high));
+    }
+    *largest = v_maxima(most);
+    *sum = v_sums(sums);
+}
+
+/* `x` [width] in levels, `rest` what these leave over of uneven groups, in levels of 1/16382. Both with scales, that of
+ * an even group's rest is 0; all are NaN where the row is not finite. */
+static void NAME(quantize16)(const float *x, int64_t width, int16_t *levels, int16_t *rest, float *scales,
+                             float *rest_scales) {
+    const int64_t groups = width / GROUP;
+    vf check = v_zero(), others = v_zero();
+    for (int64_t first = 0; first < groups; first += LANES) {
+        const int64_t count = groups - first < LANES ? groups - first : LANES;
+        vf largest, sum;
+        NAME(groups)(x + first * GROUP, count, &largest, &sum, &check);
+        others = v_add(others, v_sub(sum, largest));
+        _mm512_mask_storeu_ps(scales + first, (__mmask16)((1u << count) - 1), largest);
+    }
+    /* A multiple of the mean magnitude, each group's largest left out. */
+    const float limit = v_sum(others) * (float)UNEVEN / (float)(groups * (GROUP - 1)), broken = v_sum(check);
+    for (int64_t group = 0; group < groups; group++) {
+        const float largest = scales[group] > 1e-30f ? scales[group] : 1e-30f;
+        const vf factor = v_all(INT16_MOST / largest);
+        const int uneven = limit > 0.0f && largest > limit;
+        for (int64_t k = group * GROUP; k < (group + 1) * GROUP; k += LANES) {
+            const vf exact = v_mul(v_load(x + k), factor);
+            const __m512i whole = _mm512_cvtps_epi32(exact);
+            _mm256_storeu_si256((__m256i *)(levels + k), _mm512_cvtepi32_epi16(whole));
+            if (!uneven) continue;
+            const vf left = v_mul(v_sub(exact, _mm512_cvtepi32_ps(whole)), v_all(2.0f * INT16_MOST));
+            _mm256_storeu_si256((__m256i *)(rest + k), _mm512_cvtepi32_epi16(_mm512_cvtps_epi32(left)));
+        }
+        scales[group] = largest * (1.0f / INT16_MOST) + broken;
+        rest_scales[group] = uneven ? scales[group] * (0.5f / INT16_MOST) : 0.0f;
+    }
+}
+
+static inline __attribute__((always_inline)) void NAME(int16_tile)(
+    const int rows, const int add, const uint8_t *x, int64_t x_step, const float *x_scales, int64_t scales_step,
+    const int16_t *weight, const int16_t *ahead, const float *scales, int64_t inputs, float *out, int64_t out_step) {
+    vf totals[INT_ROWS_MAX][4]; /* in memory, which costs little once a group */
+    for (int64_t group = 0; group < inputs / GROUP; group++) {
+        __m512i sums[INT_ROWS_MAX][4];
+#pragma GCC unroll 6
+        for (int r = 0; r < rows; r++)
+#pragma GCC unroll 4
+            for (int p = 0; p < 4; p++) sums[r][p] = _mm512_setzero_si512();
+        for (int64_t k = group * GROUP; k < (group + 1) * GROUP; k += 2) {
+            __m512i part[4];
+#pragma GCC unroll 4
+            for (int p = 0; p < 4; p++) part[p] = _mm512_loadu_si512(weight + k * BLOCK + p * 32);
+#pragma GCC unroll 4
+            for (int p = 0; p < 4; p++) __builtin_prefetch(ahead + k * BLOCK + p * 32, 0, 2);
+#pragma GCC unroll 6
+            for (int r = 0; r < rows; r++) {
+                int32_t two;
+                memcpy(&two, x + r * x_step + k * 2, 4);
+                const __m512i one = _mm512_set1_epi32(two);
+#pragma GCC unroll 4
+                for (int p = 0; p < 4; p++) /* as the intrinsic, for which GCC 12 copies every sum to and fro */
+                    __asm__("vpdpwssd %2, %1, %0" : "+v"(sums[r][p]) : "v"(one), "v"(part[p]));
+            }
+        }
+#pragma GCC unroll 6
+        for (int r = 0; r < rows; r++) {
+            const vf scale = v_all(x_scales[r * scales_step + group]);
+#pragma GCC unroll 4
+            for (int p = 0; p < 4; p++) {
+                const vf sum = _mm512_cvtepi32_ps(sums[r][p]);
+                totals[r][p] = group == 0 ? v_mul(sum, scale) : v_fma(sum, scale, totals[r][p]);
+            }
+        }
+    }
+#pragma GCC unroll 6
+    for (int r = 0; r < rows; r++)
+#pragma GCC unroll 4
+        for (int p = 0; p < 4; p++) {
+            float *to = out + r * out_step + p * LANES;
+            const vf scale = v_load(scales + p * LANES);
+            v_store(to, add ? v_fma(totals[r][p], scale, v_load(to)) : v_mul(totals[r][p], scale));
+        }
+}
+
+#define INT16_ROWS(rows)                                                                                              \
+    case rows:                                                                                                        \
+        NAME(int16_tile)(rows, add, x, x_step, x_scales, scales_step, weight, ahead, scales, inputs, out, out_step);  \
+        break;
+
+static void NAME(int16_rows)(int add, int64_t rows, const uint8_t *x, int64_t x_step, const float *x_scales,
+                             int64_t scales_step, const int16_t *weight, const int16_t *ahead, const float *scales,
+                             int64_t inputs, float *out, int64_t out_step) {
+    switch (rows) {
+        INT16_ROWS(1)
+        INT16_ROWS(2)
+        INT16_ROWS(3)
+        INT16_ROWS(4)
+        INT16_ROWS(5)
+        INT16_ROWS(6)
+    }
+}
+
+/* Add what rounding left over of a row's uneven groups. */
+static void NAME(int16_rest)(const uint8_t *rest, const float *rest_scales, const int16_t *weight, const float *scales,
+                             int64_t inputs, float *out) {
+    const int64_t groups = inputs / GROUP;
+    for (int64_t first = 0; first < groups; first += LANES) {
+        const __mmask16 known = (__mmask16)(groups - first < LANES ? (1u << (groups - first)) - 1 : 0xffff);
+        const vf some = _mm512_maskz_loadu_ps(known, rest_scales + first);
+        for (uint32_t left = _mm512_cmp_ps_mask(some, v_zero(), _CMP_NEQ_UQ); left != 0; left &= left - 1) {
+            const int64_t group = first + __builtin_ctz(left);
+            const int16_t *w = weight + group * GROUP * BLOCK;
+            NAME(int16_tile)(1, 1, rest + group * GROUP * 2, 0, rest_scales + group, 0, w, w, scales, GROUP, out, 0);
+        }
+    }
+}
+#endif
+
 /* -- products with int8 weights -------------------------------------------------------------------------------------
  * A row is divided by its largest magnitude and rounded to -127..127, plus 128; weights lie as [blocks][inputs / 4][64]
  * [4]. Sums are integers, so exact in any order. Only with VNNI, which sums four products in 32 bits. */
@@ -149,8 +281,8 @@ static float NAME(quantize)(const float *x, int64_t width, uint8_t *levels, uint
 static inline __attribute__((always_inline)) void NAME(int8_tile)(
     const int rows, const int panels, const int add, const uint8_t *x, int64_t x_step,
     const int8_t *weight, const int8_t *ahead, const int32_t *offsets, const float *scales, int64_t inputs, float unit,
-    const float *largest, float *out, int64_t out_step) {
-    __m512i sums[INT8_ROWS_MAX][4];
+    const float *largest, int64_t largest_step, float *out, int64_t out_step) {
+    __m512i sums[INT_ROWS_MAX][4];
 #pragma GCC unroll 6
     for (int r = 0; r < rows; r++)
 #pragma GCC unroll 4
@@ -175,7 +307,7 @@ static inline __attribute__((always_inline)) void NAME(int8_tile)(
     }
 #pragma GCC unroll 6
     for (int r = 0; r < rows; r++) {
-        const vf row = v_all(largest[r] * unit);
+        const vf row = v_all(largest[r * largest_step] * unit);
 #pragma GCC unroll 4
         for (int p = 0; p < panels; p++) {
             float *to = out + r * out_step + p * LANES;
@@ -188,13 +320,13 @@ static inline __attribute__((always_inline)) void NAME(int8_tile)(
 
 #define INT8_ROWS(rows)                                                                                               \
     case rows:                                                                                                        \
-        NAME(int8_tile)(rows, 4, add, x, x_step, weight, ahead, offsets, scales, inputs, unit, largest, out,          \
-                        out_step);                                                                                    \
+        NAME(int8_tile)(rows, 4, add, x, x_step, weight, ahead, offsets, scales, inputs, unit, largest,               \
+                        largest_step, out, out_step);                                                                 \
         break;
 
 static void NAME(int8_rows)(int add, int64_t rows, const uint8_t *x, int64_t x_step, const int8_t *weight,
                             const int8_t *ahead, const int32_t *offsets, const float *scales, int64_t inputs,
-                            float unit, const float *largest, float *out, int64_t out_step) {
+                            float unit, const float *largest, int64_t largest_step, float *out, int64_t out_step) {
     switch (rows) {
         INT8_ROWS(1)
         INT8_ROWS(2)
@@ -207,12 +339,12 @@ static void NAME(int8_rows)(int add, int64_t rows, const uint8_t *x, int64_t x_s
 #endif
 
 /* One thread's share of out [rows, outputs] (+)= x W^T: blocks `first`..`last` - 1 of 64 outputs, of all rows.
- * `padded` outputs are written; out_step leaves room for them. int8 layers read `bytes`, the quantized rows. */
-static void NAME(product)(const Linear *linear, const float *x, int64_t x_step, const Bytes *bytes, int64_t rows,
+ * `padded` outputs are written; out_step leaves room for them. Integer layers read `quantized`, the rows as integers. */
+static void NAME(product)(const Linear *linear, const float *x, int64_t x_step, const Quantized *quantized, int64_t rows,
                           int64_t first, int64_t last, int add, float *out, int64_t out_step) {
-    const int64_t inputs = linear->inputs, most = linear->kind >= INT8 ? INT8_ROWS_MAX : MAX_ROWS;
+    const int64_t inputs = linear->inputs, most = linear->kind >= INT16 ? INT_ROWS_MAX : MAX_ROWS;
     const int64_t pieces = (rows + most - 1) / most;
-    const int64_t size = linear->kind == FLOAT32 ? 4 : linear->kind == FLOAT16 ? 2 : 1;
+    const int64_t size = linear->kind == FLOAT32 ? 4 : linear->kind >= INT8 ? 1 : 2;
     for (int64_t block = first; block < last; block++) {
         const char *weight = (const char *)linear->weight + block * BLOCK * inputs * size;
         for (int64_t piece = 0; piece < pieces; piece++) {
@@ -225,18 +357,31 @@ static void NAME(product)(const Linear *linear, const float *x, int64_t x_step, 
             else if (linear->kind == FLOAT16)
                 NAME(float16_rows)(add, count, x + from * x_step, x_step, weight, ahead, inputs, to, out_step);
 #ifdef WITH_VNNI
+            else if (linear->kind == INT16) {
+                const uint8_t *levels = quantized->levels + from * quantized->step;
+                const float *scales = quantized->scales + from * quantized->scales_step;
+                const float *w_scales = linear->scales + block * BLOCK;
+                NAME(int16_rows)(add, count, levels, quantized->step, scales, quantized->scales_step,
+                                 (const int16_t *)weight, (const int16_t *)ahead, w_scales, inputs, to, out_step);
+                for (int64_t row = 0; row < count; row++)
+                    NAME(int16_rest)(levels + row * quantized->step + quantized->step / 2,
+                                     scales + row * quantized->scales_step + quantized->scales_step / 2,
+                                     (const int16_t *)weight, w_scales, inputs, to + row * out_step);
+            }
             else {
                 const int8_t *w = (const int8_t *)weight, *next = (const int8_t *)ahead;
                 const int32_t *offsets = linear->offsets + block * BLOCK;
-                const float *scales = linear->scales + block * BLOCK, *largest = bytes->largest + from;
-                NAME(int8_rows)(add, count, bytes->levels + from * bytes->step, bytes->step, w, next, offsets,
-                                scales, inputs, 1.0f / 127.0f, largest, to, out_step);
+                const uint8_t *levels = quantized->levels + from * quantized->step;
+                const float *scales = linear->scales + block * BLOCK;
+                const float *largest = quantized->scales + from * quantized->scales_step;
+                NAME(int8_rows)(add, count, levels, quantized->step, w, next, offsets, scales, inputs, 1.0f / 127.0f,
+                                largest, quantized->scales_step, to, out_step);
                 if (linear->kind == INT8_FINE)
-                    NAME(int8_rows)(1, count, bytes->rest + from * bytes->step, bytes->step, w, next, offsets,
-                                    scales, inputs, 1.0f / (127.0f * 254.0f), largest, to, out_step);
+                    NAME(int8_rows)(1, count, levels + quantized->step / 2, quantized->step, w, next, offsets, scales,
+                                    inputs, 1.0f / (127.0f * 254.0f), largest, quantized->scales_step, to, out_step);
             }
 #else
-            (void)bytes;
+            (void)quantized;
 #endif
         }
     }
@@ -339,15 +484,21 @@ static void NAME(keep)(int64_t half, const float *from, int64_t d_kv, char *to) 
 #define LAST(count) ((count) * (team.thread + 1) / team.threads)
 
 /* The layer's quantized rows from `x`, of this thread's rows; nothing to do for float weights. */
-static void NAME(quantize_share)(const Linear *linear, const float *x, int64_t x_step, int64_t rows, Bytes *bytes,
+static void NAME(quantize_share)(const Linear *linear, const float *x, int64_t x_step, int64_t rows, Quantized *quantized,
                                  Team team) {
 #ifdef WITH_VNNI
-    if (linear->kind >= INT8)
-        for (int64_t row = FIRST(rows); row < LAST(rows); row++)
-            bytes->largest[row] = NAME(quantize)(x + row * x_step, linear->inputs, bytes->levels + row * bytes->step,
-                                                 linear->kind == INT8_FINE ? bytes->rest + row * bytes->step : NULL);
+    for (int64_t row = FIRST(rows); row < LAST(rows) && linear->kind >= INT16; row++) {
+        const float *from = x + row * x_step;
+        uint8_t *levels = quantized->levels + row * quantized->step;
+        float *scales = quantized->scales + row * quantized->scales_step;
+        if (linear->kind == INT16)
+            NAME(quantize16)(from, linear->inputs, (int16_t *)levels, (int16_t *)(levels + quantized->step / 2), scales,
+                             scales + quantized->scales_step / 2);
+        else if (linear->kind == INT8) *scales = NAME(quantize)(from, linear->inputs, levels, NULL);
+        else *scales = NAME(quantize)(from, linear->inputs, levels, levels + quantized->step / 2);
+    }
 #else
-    (void)linear, (void)x, (void)x_step, (void)rows, (void)bytes, (void)team;
+    (void)linear, (void)x, (void)x_step, (void)rows, (void)quantized, (void)team;
 #endif
 }
 
@@ -356,9 +507,9 @@ static void NAME(normalized_product)(const float *norm, float epsilon, const Lin
                                      Team team) {
     for (int64_t row = FIRST(batch); row < LAST(batch); row++)
         NAME(normalize)(s->h + row * s->h_step, norm, epsilon, linear->inputs, s->x + row * s->x_step);
-    NAME(quantize_share)(linear, s->x, s->x_step, batch, &s->bytes, team);
+    NAME(quantize_share)(linear, s->x, s->x_step, batch, &s->quantized, team);
     BARRIER
-    NAME(product)(linear, s->x, s->x_step, &s->bytes, batch, FIRST(linear->blocks), LAST(linear->blocks), 0, s->y,
+    NAME(product)(linear, s->x, s->x_step, &s->quantized, batch, FIRST(linear->blocks), LAST(linear->blocks), 0, s->y,
                   s->y_step);
     BARRIER
 }
@@ -366,11 +517,11 @@ static void NAME(normalized_product)(const float *norm, float epsilon, const Lin
 /* h += linear of `from`. */
 static void NAME(added_product)(const Linear *linear, const float *from, int64_t from_step, int64_t batch, Scratch *s,
                                 Team team) {
-    if (linear->kind >= INT8) {
-        NAME(quantize_share)(linear, from, from_step, batch, &s->bytes, team);
+    if (linear->kind >= INT16) {
+        NAME(quantize_share)(linear, from, from_step, batch, &s->quantized, team);
         BARRIER
     }
-    NAME(product)(linear, from, from_step, &s->bytes, batch, FIRST(linear->blocks), LAST(linear->blocks), 1, s->h,
+    NAME(product)(linear, from, from_step, &s->quantized, batch, FIRST(linear->blocks), LAST(linear->blocks), 1, s->h,
                   s->h_step);
     BARRIER
 }
@@ -380,14 +531,14 @@ static void NAME(feed_forward)(const Model *model, const Layer *layer, int64_t b
     for (int64_t row = FIRST(batch); row < LAST(batch); row++)
         NAME(normalize)(s->h + row * s->h_step, layer->feed_norm, (float)model->epsilon, model->d_model,
                         s->x + row * s->x_step);
-    NAME(quantize_share)(&layer->wi, s->x, s->x_step, batch, &s->bytes, team);
+    NAME(quantize_share)(&layer->wi, s->x, s->x_step, batch, &s->quantized, team);
     BARRIER
     /* A thread computes the same outputs of both halves, so it needs nobody else's to join them. */
     const int64_t blocks = model->gated ? layer->wi.blocks / 2 : layer->wi.blocks;
     const int64_t from = FIRST(blocks), to = LAST(blocks);
-    NAME(product)(&layer->wi, s->x, s->x_step, &s->bytes, batch, from, to, 0, s->y, s->y_step);
+    NAME(product)(&layer->wi, s->x, s->x_step, &s->quantized, batch, from, to, 0, s->y, s->y_step);
     if (model->gated)
-        NAME(product)(&layer->wi, s->x, s->x_step, &s->bytes, batch, blocks + from, blocks + to, 0, s->y, s->y_step);
+        NAME(product)(&layer->wi, s->x, s->x_step, &s->quantized, batch, blocks + from, blocks + to, 0, s->y, s->y_step);
     for (int64_t row = 0; row < batch; row++) {
         float *y = s->y + row * s->y_step;
         for (int64_t k = from * BLOCK; k < to * BLOCK; k += LANES) {
@@ -466,9 +617,9 @@ static void NAME(step)(const Model *model, const Row *rows, int64_t batch, Scrat
 
 /* -- single operations over many rows ---------------------------------------------------------------------------- */
 
-static void NAME(linear)(const Linear *linear, const float *x, int64_t rows, Bytes *bytes, Team team, float *out) {
-    if (linear->kind >= INT8) {
-        NAME(quantize_share)(linear, x, linear->inputs, rows, bytes, team);
+static void NAME(linear)(const Linear *linear, const float *x, int64_t rows, Quantized *quantized, Team team, float *out) {
+    if (linear->kind >= INT16) {
+        NAME(quantize_share)(linear, x, linear->inputs, rows, quantized, team);
         BARRIER
     }
     /* Pieces of rows times blocks of outputs: enough of them for every thread, and of a size for the cache. */
@@ -476,10 +627,9 @@ static void NAME(linear)(const Linear *linear, const float *x, int64_t rows, Byt
     for (int64_t unit = FIRST(units); unit < LAST(units); unit++) {
         const int64_t piece = unit / linear->blocks, block = unit % linear->blocks;
         const int64_t from = rows * piece / pieces, count = rows * (piece + 1) / pieces - from;
-        Bytes part = *bytes;
+        Quantized part = *quantized;
         part.levels += from * part.step;
-        part.rest += from * part.step;
-        part.largest += from;
+        part.scales += from * part.scales_step;
         NAME(product)(linear, x + from * linear->inputs, linear->inputs, &part, count, block, block + 1, 0,
                       out + from * linear->blocks * BLOCK, linear->blocks * BLOCK);
     }
@@ -594,7 +744,7 @@ static void NAME(shortlist)(const Head *head, const float *states, int64_t rows,
     const int64_t low = FIRST(blocks), high = LAST(blocks);
     for (int64_t row = FIRST(rows); row < LAST(rows); row++) {
         const float *state = states + row * width;
-        const float largest = NAME(quantize)(state, width, s->bytes.levels + row * s->bytes.step, NULL);
+        const float largest = NAME(quantize)(state, width, s->quantized.levels + row * s->quantized.step, NULL);
         const vf factor = v_all(largest > 1e-30f ? 127.0f / largest : 0.0f);
         vf square = v_zero(), left = v_zero();
         for (int64_t k = 0; k < width; k += LANES) {
@@ -602,14 +752,14 @@ static void NAME(shortlist)(const Head *head, const float *states, int64_t rows,
             square = v_fma(x, x, square);
             left = v_fma(rest, rest, left);
         }
-        s->bytes.largest[row] = largest;
+        s->quantized.scales[row * s->quantized.scales_step] = largest;
         s->norm[row] = sqrtf(v_sum(square));
         /* A state too small to be quantized is lost as a whole. */
         s->loss[row] = largest > 1e-30f ? sqrtf(v_sum(left)) * largest / 127.0f * 1.00001f : s->norm[row];
     }
     BARRIER
     for (int64_t block = low; block < high; block++) {
-        NAME(product)(&head->product, NULL, 0, &s->bytes, rows, block * 2, block * 2 + 2, 0, logits, head->padded);
+        NAME(product)(&head->product, NULL, 0, &s->quantized, rows, block * 2, block * 2 + 2, 0, logits, head->padded);
         const int64_t first = block * SHORTLIST_BLOCK, last = first + SHORTLIST_BLOCK;
         for (int64_t row = 0; row < rows; row++) {
             float *logit = logits + row * head->padded;

@@ -47,3 +47,20 @@ static inline __attribute__((always_inline)) vf v_sums(const vf a[LANES]) {
 static inline vf v_first(int64_t count, vf a, vf b) {
     return _mm512_mask_blend_ps((__mmask16)((1u << count) - 1), b, a);
 }
+/* Lane i is the largest lane of a[i]. */
+static inline __attribute__((always_inline)) vf v_maxima(const vf a[LANES]) {
+    vf pairs[8], fours[4], eights[2];
+#pragma GCC unroll 8
+    for (int i = 0; i < 8; i++)
+        pairs[i] = v_max(_mm512_unpacklo_ps(a[2 * i], a[2 * i + 1]), _mm512_unpackhi_ps(a[2 * i], a[2 * i + 1]));
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; i++) {
+        const __m512d x = _mm512_castps_pd(pairs[2 * i]), y = _mm512_castps_pd(pairs[2 * i + 1]);
+        fours[i] = v_max(_mm512_castpd_ps(_mm512_unpacklo_pd(x, y)), _mm512_castpd_ps(_mm512_unpackhi_pd(x, y)));
+    }
+#pragma GCC unroll 2
+    for (int i = 0; i < 2; i++)
+        eights[i] = v_max(_mm512_shuffle_f32x4(fours[2 * i], fours[2 * i + 1], 0x88),
+                          _mm512_shuffle_f32x4(fours[2 * i], fours[2 * i + 1], 0xdd));
+    return v_max(_mm512_shuffle_f32x4(eights[0], eights[1], 0x88), _mm512_shuffle_f32x4(eights[0], eights[1], 0xdd));
+}

@@ -31,12 +31,13 @@ class Level(IntEnum):
 
 
 class Kind(IntEnum):
-    """How a layer's weights are stored. Activations and sums are float32, int8's activations 8 bits (fine: 15)."""
+    """How a layer's weights are stored. Activations are float32; int16's have 14 bits, int8's 8 (fine: 15)."""
 
     FLOAT32 = 0
     FLOAT16 = 1
-    INT8 = 2
-    INT8_FINE = 3
+    INT16 = 2
+    INT8 = 3
+    INT8_FINE = 4
 
 
 ACTIVATIONS = {"relu": 0, "gelu_new": 1, "silu": 2}
@@ -65,15 +66,15 @@ class ModelTable(Structure):
     ]  # fmt: skip
 
 
-class BytesTable(Structure):
-    _fields_ = [("levels", c_void_p), ("rest", c_void_p), ("step", c_int64), ("largest", c_void_p)]
+class QuantizedTable(Structure):
+    _fields_ = [("levels", c_void_p), ("step", c_int64), ("scales", c_void_p), ("scales_step", c_int64)]
 
 
 class ScratchTable(Structure):
     _fields_ = [
         ("h", c_void_p), ("x", c_void_p), ("y", c_void_p), ("scores", c_void_p),
         ("h_step", c_int64), ("x_step", c_int64), ("y_step", c_int64), ("scores_step", c_int64),
-        ("self_cost", c_int64), ("cross_cost", c_int64), ("bytes", BytesTable),
+        ("self_cost", c_int64), ("cross_cost", c_int64), ("quantized", QuantizedTable),
     ]  # fmt: skip
 
 
@@ -86,7 +87,7 @@ class HeadTable(Structure):
 
 class HeadScratchTable(Structure):
     _fields_ = [
-        ("bytes", BytesTable), ("norm", c_void_p), ("loss", c_void_p), ("best", c_void_p), ("bound", c_void_p),
+        ("quantized", QuantizedTable), ("norm", c_void_p), ("loss", c_void_p), ("best", c_void_p), ("bound", c_void_p),
         ("candidates", c_void_p),
     ]  # fmt: skip
 
@@ -115,7 +116,14 @@ def _library() -> ctypes.CDLL | None:
         library.flan_step.argtypes = [
             *sizes, POINTER(ModelTable), c_void_p, c_int64, POINTER(ScratchTable), c_void_p,
         ]  # fmt: skip
-        library.flan_linear.argtypes = [*sizes, POINTER(LinearTable), c_void_p, c_int64, POINTER(BytesTable), c_void_p]
+        library.flan_linear.argtypes = [
+            *sizes,
+            POINTER(LinearTable),
+            c_void_p,
+            c_int64,
+            POINTER(QuantizedTable),
+            c_void_p,
+        ]
         library.flan_normalize.argtypes = [*sizes, c_void_p, c_void_p, c_double, c_int64, c_int64, c_void_p]
         library.flan_activate.argtypes = [*sizes, c_int64, c_int64, c_void_p, c_int64, c_int64, c_void_p]
         library.flan_shortlist.argtypes = [

@@ -8,10 +8,11 @@ import torch
 from torch import Tensor
 
 from serve.engine.int8_linear import quantized
-from serve.engine.native.library import BytesTable, Kind, Level, LinearTable, address, level, loaded
+from serve.engine.native.library import Kind, Level, LinearTable, QuantizedTable, address, level, loaded
 
 BLOCK = 64  # outputs that lie together
 _WIDTHS = 16  # inputs come in multiples of this
+_GROUP, _INT16_MOST = 32, 8191  # as in types.h
 _ROWS = 2048  # more go in pieces: the room for quantized rows
 
 
@@ -19,7 +20,12 @@ class NativeLinear:
     """y = x W^T: float32 [rows, in] -> [rows, out]. A row's result is the same in every batch, bit for bit."""
 
     def __init__(self, weight: Tensor, kind: Kind) -> None:
-        """`weight` is [out, in] float32, `in` a multiple of 16; int8 kinds need Level.AVX512_VNNI."""
+        """`weight` is [out, in] float32, `in` a multiple of 16 (int16: of 32); integers need Level.AVX512_VNNI.
+
+        int16 weights are -8191..8191 with a scale an output: rounded by less than 2^-14 of its largest, together no
+        more than by float16's 11 bits of each. So are activations, with a scale for 32 of them and twice the bits
+        where these are uneven.
+        """
         self.outputs, self.inputs = weight.shape
         self.kind = kind
         blocks = -(-self.outputs // BLOCK)
@@ -29,6 +35,9 @@ class NativeLinear:
         if kind in (Kind.FLOAT32, Kind.FLOAT16):
             stored = padded if kind is Kind.FLOAT32 else padded.half()
             self._weight = stored.view(blocks, BLOCK, self.inputs).transpose(1, 2).contiguous()
+        elif kind is Kind.INT16:
+            numbers, self._scales = quantized(padded, _INT16_MOST)
+            self._weight = numbers.view(blocks, BLOCK, self.inputs // 2, 2).transpose(1, 2).contiguous()
         else:
             numbers, self._scales = quantized(padded)
             self._offsets = numbers.sum(1, dtype=torch.int32) * 128
@@ -46,28 +55,29 @@ class NativeLinear:
     @staticmethod
     def fits(weight: Tensor, kind: Kind) -> bool:
         """Whether there are kernels for such a layer, and float16 for its numbers."""
-        needed = Level.AVX2 if kind in (Kind.FLOAT32, Kind.FLOAT16) else Level.AVX512_VNNI
+        needed = Level.AVX512_VNNI if kind >= Kind.INT16 else Level.AVX2
         in_range = kind is not Kind.FLOAT16 or bool(weight.abs().max() <= torch.finfo(torch.float16).max)
-        return level() >= needed and weight.shape[1] % _WIDTHS == 0 and in_range
+        whole = weight.shape[1] % (_GROUP if kind is Kind.INT16 else _WIDTHS) == 0
+        return level() >= needed and whole and in_range
 
     def __call__(self, x: Tensor) -> Tensor:
         rows = x.shape[0]
         x = x.contiguous()
         out = torch.empty(rows, self._blocks * BLOCK)
         library, threads = loaded(), torch.get_num_threads()
-        quantized_rows = min(rows, _ROWS) if self.kind >= Kind.INT8 else 0
-        bytes_table, _room = room_for_bytes(quantized_rows, self.inputs)
+        quantized_rows = min(rows, _ROWS) if self.kind >= Kind.INT16 else 0
+        table, _room = room_for_quantized(quantized_rows, self.inputs)
         for start in range(0, rows, _ROWS):
             library.flan_linear(
                 level(), threads, ctypes.byref(self.table), x.data_ptr() + 4 * start * self.inputs,
-                min(_ROWS, rows - start), ctypes.byref(bytes_table), out.data_ptr() + 4 * start * out.shape[1],
+                min(_ROWS, rows - start), ctypes.byref(table), out.data_ptr() + 4 * start * out.shape[1],
             )  # fmt: skip
         return out if out.shape[1] == self.outputs else out[:, : self.outputs]
 
 
-def room_for_bytes(rows: int, width: int) -> tuple[BytesTable, Tensor]:
-    """Room for quantized rows; the table holds as long as the tensor does."""
-    step = -(-width // 64) * 64
-    room = torch.empty(rows * (2 * step + 4), dtype=torch.uint8)
+def room_for_quantized(rows: int, width: int) -> tuple[QuantizedTable, Tensor]:
+    """Room for rows as integers; the table holds as long as the tensor does."""
+    step, scales_step = -(-width // 64) * 256, -(-width // _GROUP) * 2
+    room = torch.empty(rows * (step + 4 * scales_step), dtype=torch.uint8)
     start = address(room)
-    return BytesTable(start, start + rows * step, step, start + 2 * rows * step), room
+    return QuantizedTable(start, step, start + rows * step, scales_step), room

@@ -9,20 +9,23 @@
 #define LANES 16            /* float32 numbers that are computed together */
 #define BLOCK 64            /* outputs of a product whose weights lie together */
 #define MAX_PARTS 16        /* d_kv is at most 16 x LANES */
-#define INT8_ROWS_MAX 6     /* of a tile: 6 x 4 sums, 4 weights and an activation */
+#define INT_ROWS_MAX 6      /* of a tile: 6 x 4 sums, 4 weights and an activation */
 #define PIECE_ROWS 96       /* rows of a large batch that are computed together */
 #define ATTENTION_ROWS 192  /* queries that share one layout of keys and values */
 #define ATTENTION_PIECE 48  /* and whose scores are in the cache together */
 #define SHORTLIST_BLOCK 128 /* tokens that share a bound */
+#define GROUP 32            /* activations of an int16 layer that share a scale */
+#define UNEVEN 128          /* times the mean magnitude: a group's largest, beyond which its neighbours lose bits */
+#define INT16_MOST 8191     /* magnitude of its numbers: GROUP products of two of them are within 32 bits */
 #define HEAD_COST 16        /* of one head's attention besides its positions, in positions: for fair shares */
 
-enum { FLOAT32, FLOAT16, INT8, INT8_FINE };
+enum { FLOAT32, FLOAT16, INT16, INT8, INT8_FINE }; /* from INT16 on activations are quantized, too */
 enum { RELU, GELU_TANH, SILU };
 
 typedef struct {
     int64_t kind, inputs, blocks;
     const void *weight;
-    const float *scales;    /* int8: of each output */
+    const float *scales;    /* int16, int8: of each output */
     const int32_t *offsets; /* int8: 128 times each output's sum of weights */
 } Linear;
 
@@ -58,11 +61,15 @@ typedef struct {
     int64_t thread, threads;
 } Team;
 
+/* Rows of activations as integers. A row has `step` bytes of them, in the first half its levels, int16 or uint8, in the
+ * second what these leave over. Its scales are `scales_step`: int16 has one a group, of the levels in the first half and
+ * of what is left over in the second; int8 has one, the row's largest magnitude. */
 typedef struct {
-    uint8_t *levels, *rest;
+    uint8_t *levels;
     int64_t step;
-    float *largest;
-} Bytes;
+    float *scales;
+    int64_t scales_step;
+} Quantized;
 
 /* The head of rows that ask for their best token only: serve/engine/native/head.py. Blocks are of SHORTLIST_BLOCK
  * tokens; `padded` tokens are a whole number of them. */
@@ -75,7 +82,7 @@ typedef struct {
 } Head;
 
 typedef struct {
-    Bytes bytes;
+    Quantized quantized;
     float *norm, *loss;   /* [rows] of the state, and of what its quantized form lacks */
     float *best, *bound;  /* [rows, blocks] */
     int64_t *candidates;  /* [threads, rows] */
@@ -96,13 +103,13 @@ typedef struct {
 typedef struct {
     float *h, *x, *y, *scores;
     int64_t h_step, x_step, y_step, scores_step, self_cost, cross_cost;
-    Bytes bytes;
+    Quantized quantized;
 } Scratch;
 
 /* What one of the threads does of a job; compiled once for each instruction set. */
 typedef struct {
     void (*step)(const Model *model, const Row *rows, int64_t batch, Scratch *scratch, Team team, float *out);
-    void (*linear)(const Linear *linear, const float *x, int64_t rows, Bytes *bytes, Team team, float *out);
+    void (*linear)(const Linear *linear, const float *x, int64_t rows, Quantized *quantized, Team team, float *out);
     void (*normalize)(const float *x, const float *weight, double epsilon, int64_t rows, int64_t width, Team team,
                       float *out);
     void (*activate)(int64_t activation, int64_t gated, const float *x, int64_t rows, int64_t width, Team team,

@@ -66,18 +66,18 @@ def test_flan_t5_small_over_all_formats(tmp_path: Path) -> None:
     prompts = random_prompts((20, 90), 380)
     formats: list[tuple[WeightFormat, float]] = [("plain", 1e-3), ("float16", 3e-2)]
     if level() is Level.AVX512_VNNI:
-        formats.append(("int8", 0.5))
+        formats += [("int16", 3e-2), ("int8", 0.5)]
     for weights, tolerance in formats:
         native, plain = both(folder, weights)
         for mine, other in zip(greedy(native, prompts, 3)[1], greedy(plain, prompts, 3)[1], strict=True):
             assert torch.allclose(mine, other, rtol=0, atol=tolerance), weights
 
 
-@pytest.mark.parametrize("weights", ["plain", "float16", "int8"])
+@pytest.mark.parametrize("weights", ["plain", "float16", "int16", "int8"])
 def test_alone_equals_in_a_crowd_bit_for_bit(weights: WeightFormat, small_folder: Path) -> None:
     """Logits, not only tokens: a row's arithmetic does not know its batch."""
-    if weights == "int8" and level() is not Level.AVX512_VNNI:
-        pytest.skip("int8 kernels are for VNNI")
+    if weights.startswith("int") and level() is not Level.AVX512_VNNI:
+        pytest.skip("integer kernels are for VNNI")
     model = load_model(small_folder, device=CPU, dtype=torch.float32, weights=weights, vocab_limit=380)
     prompts = random_prompts((3, 18, 40, 7, 64, 100, 11), 380)
     crowd = greedy(model, prompts, 40)

@@ -21,6 +21,7 @@ from serve.engine.native.linear import NativeLinear
 LEVELS = [some for some in Level if Level.NONE < some <= level()]
 pytestmark = pytest.mark.skipif(not LEVELS, reason="the kernels are not built, or not for this processor")
 CPU = torch.device("cpu")
+BOUNDS = {Kind.FLOAT32: 1e-6, Kind.FLOAT16: 1e-6, Kind.INT16: 4e-4, Kind.INT8: 0.05, Kind.INT8_FINE: 0.03}
 
 
 @pytest.fixture(params=LEVELS, ids=lambda some: some.name, autouse=True)
@@ -38,7 +39,7 @@ def threads(request: pytest.FixtureRequest) -> Iterator[int]:
 
 
 def kinds(kernels: Level) -> list[Kind]:
-    return [kind for kind in Kind if kind < Kind.INT8 or kernels is Level.AVX512_VNNI]
+    return [kind for kind in Kind if kind < Kind.INT16 or kernels is Level.AVX512_VNNI]
 
 
 def error(result: Tensor, exact: Tensor) -> float:
@@ -52,13 +53,17 @@ def test_products(kernels: Level, threads: int, outputs: int, inputs: int) -> No
     torch.manual_seed(0)
     weight = torch.randn(outputs, inputs)
     for kind in kinds(kernels):
+        if not NativeLinear.fits(weight, kind):
+            assert kind is Kind.INT16, "whose scales are of 32 activations each"
+            assert inputs % 32 != 0
+            continue
         linear = NativeLinear(weight, kind)
         stored = weight.half().double() if kind is Kind.FLOAT16 else weight.double()
         for rows in (1, 2, 3, 4, 5, 6, 7, 12, 13, 97, 200):
             x = torch.randn(rows, inputs)
             y = linear(x)
             assert y.shape == (rows, outputs)
-            bound = {Kind.FLOAT32: 1e-6, Kind.FLOAT16: 1e-6, Kind.INT8: 0.05, Kind.INT8_FINE: 0.03}[kind]
+            bound = BOUNDS[kind]
             if outputs > 1:
                 assert error(y, x.double() @ stored.t()) < bound
             for row in (0, rows // 2, rows - 1):
@@ -79,6 +84,41 @@ def test_int8_is_the_product_of_what_was_rounded(kernels: Level) -> None:
     for kind, activations in ((Kind.INT8, levels.round()), (Kind.INT8_FINE, levels.round() + rest)):
         exact = activations @ numbers.t() * scales.double() * largest.double() / 127
         assert error(NativeLinear(weight, kind)(x), exact) < 1e-5
+
+
+def test_int16_is_the_product_of_what_was_rounded(kernels: Level) -> None:
+    """And never overflows: the largest numbers that there are, in every place, are summed exactly."""
+    if kernels is not Level.AVX512_VNNI:
+        pytest.skip("int16 layers are for VNNI")
+    torch.manual_seed(2)
+    weight, x = torch.randn(128, 608), torch.randn(9, 608) * torch.logspace(-1, 1, 608)
+    weight[:64] = 1.0
+    x[:3] = -1e4
+    scales = weight.abs().amax(1).double() / 8191
+    numbers = (weight / scales[:, None]).round()
+    groups = x.double().view(9, -1, 32)
+    steps = groups.abs().amax(2, keepdim=True) / 8191
+    exact = ((groups / steps).round() * steps).view(9, -1) @ numbers.t() * scales
+    y = NativeLinear(weight, Kind.INT16)(x)
+    assert error(y, exact) < 1e-5
+    assert torch.allclose(y[:3, :64], torch.tensor(-608e4), rtol=1e-6)
+
+
+def test_int16_rounds_no_more_than_float16(kernels: Level, threads: int) -> None:
+    """Over weights and activations like a model's, and such as T5's `wo` has: some a thousand times the others.
+
+    A great activation that matters to nothing is the worst case: its neighbours' bits are all that is seen.
+    """
+    if kernels is not Level.AVX512_VNNI:
+        pytest.skip("int16 layers are for VNNI")
+    torch.manual_seed(3)
+    weight, x = torch.randn(256, 1024) * 0.05, torch.randn(64, 1024)
+    for great in ((), (7,), (7, 700, 701)):
+        x[:50, great], weight[:, great] = 1e5, 0.0
+        exact = x.double() @ weight.double().t()
+        y = NativeLinear(weight, Kind.INT16)(x)
+        assert error(y, exact) < error(NativeLinear(weight, Kind.FLOAT16)(x), exact)
+        assert torch.equal(NativeLinear(weight, Kind.INT16)(x[1:2])[0], y[1])
 
 
 def test_rows_that_are_zero_or_not_finite_stay_alone(kernels: Level) -> None:
@@ -104,6 +144,8 @@ def test_a_layer_that_the_kernels_do_not_take(kernels: Level) -> None:
     assert not NativeLinear.fits(torch.full((8, 16), 1e5), Kind.FLOAT16)
     assert NativeLinear.fits(torch.full((8, 16), 1e5), Kind.FLOAT32)
     assert NativeLinear.fits(torch.ones(8, 16), Kind.INT8) is (kernels is Level.AVX512_VNNI)
+    assert NativeLinear.fits(torch.ones(8, 32), Kind.INT16) is (kernels is Level.AVX512_VNNI)
+    assert not NativeLinear.fits(torch.ones(8, 48), Kind.INT16)
 
 
 @pytest.mark.parametrize("rows", [1, 5, 700])
