@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from loadtests import __main__ as cli
-from loadtests.bench import bounds, command, modes, prompts, ratios, running, tables
+from loadtests.bench import bounds, command, prompts, ratios, running, tables
 from loadtests.bench.bounds import Work
 from loadtests.bench.budget import Budget
 from loadtests.bench.options import Options
