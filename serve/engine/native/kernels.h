@@ -40,12 +40,16 @@ static void NAME(normalize)(const float *x, const float *weight, float epsilon, 
         v_store(out + k, v_mul(v_mul(v_load(x + k), inverse), v_load(weight + k)));
 }
 
+/* The part of the next block that a tile brings into the cache: `lines` of 64 bytes at every step of its sums. */
+#define FETCH_AHEAD(step)                                                                                             \
+    for (int64_t line = 0; line < lines; line++) __builtin_prefetch(ahead + ((step) * lines + line) * 64, 0, 2);
+
 /* -- products with float weights ------------------------------------------------------------------------------------
  * Weights lie in blocks of 64 outputs: [blocks][inputs][64]. A tile is up to MAX_ROWS rows by `panels` x 16 outputs. */
 
 static inline __attribute__((always_inline)) void NAME(float_tile)(
     const int rows, const int panels, const int half, const int add, const float *x, int64_t x_step,
-    const char *weight, const char *ahead, int64_t inputs, float *out, int64_t out_step) {
+    const char *weight, const char *ahead, int64_t lines, int64_t inputs, float *out, int64_t out_step) {
     vf sums[MAX_ROWS][4];
     const int size = half ? 2 : 4;
 #pragma GCC unroll 6
@@ -55,8 +59,7 @@ static inline __attribute__((always_inline)) void NAME(float_tile)(
     for (int64_t k = 0; k < inputs; k++) {
         const char *w = weight + k * BLOCK * size;
         vf part[4];
-#pragma GCC unroll 4
-        for (int line = 0; line < size; line++) __builtin_prefetch(ahead + k * BLOCK * size + line * 64, 0, 2);
+        FETCH_AHEAD(k)
 #pragma GCC unroll 4
         for (int p = 0; p < panels; p++)
             part[p] = half ? v_half((const uint16_t *)w + p * LANES) : v_load((const float *)w + p * LANES);
@@ -88,12 +91,12 @@ static inline __attribute__((always_inline)) void NAME(float_tile)(
     case rows:                                                                                                        \
         for (int p = 0; p < 4; p += FLOAT_PANELS(rows))                                                               \
             NAME(float_tile)(rows, FLOAT_PANELS(rows), half, add, x, x_step, weight + p * LANES * (half ? 2 : 4),     \
-                             ahead, inputs, out + p * LANES, out_step);                                               \
+                             ahead, p == 0 ? lines : 0, inputs, out + p * LANES, out_step);                           \
         break;
 
 static inline __attribute__((always_inline)) void NAME(float_rows)(
     const int half, const int add, int64_t rows, const float *x, int64_t x_step, const char *weight,
-    const char *ahead, int64_t inputs, float *out, int64_t out_step) {
+    const char *ahead, int64_t lines, int64_t inputs, float *out, int64_t out_step) {
     switch (rows) {
         FLOAT_ROWS(1)
         FLOAT_ROWS(2)
@@ -105,15 +108,15 @@ static inline __attribute__((always_inline)) void NAME(float_rows)(
 }
 
 static void NAME(float32_rows)(int64_t add, int64_t rows, const float *x, int64_t x_step, const char *w,
-                               const char *ahead, int64_t inputs, float *out, int64_t out_step) {
-    if (add) NAME(float_rows)(0, 1, rows, x, x_step, w, ahead, inputs, out, out_step);
-    else NAME(float_rows)(0, 0, rows, x, x_step, w, ahead, inputs, out, out_step);
+                               const char *ahead, int64_t lines, int64_t inputs, float *out, int64_t out_step) {
+    if (add) NAME(float_rows)(0, 1, rows, x, x_step, w, ahead, lines, inputs, out, out_step);
+    else NAME(float_rows)(0, 0, rows, x, x_step, w, ahead, lines, inputs, out, out_step);
 }
 
 static void NAME(float16_rows)(int64_t add, int64_t rows, const float *x, int64_t x_step, const char *w,
-                               const char *ahead, int64_t inputs, float *out, int64_t out_step) {
-    if (add) NAME(float_rows)(1, 1, rows, x, x_step, w, ahead, inputs, out, out_step);
-    else NAME(float_rows)(1, 0, rows, x, x_step, w, ahead, inputs, out, out_step);
+                               const char *ahead, int64_t lines, int64_t inputs, float *out, int64_t out_step) {
+    if (add) NAME(float_rows)(1, 1, rows, x, x_step, w, ahead, lines, inputs, out, out_step);
+    else NAME(float_rows)(1, 0, rows, x, x_step, w, ahead, lines, inputs, out, out_step);
 }
 
 /* -- products with int16 weights --------------------------------------------------------------------------------------
@@ -170,7 +173,7 @@ static void NAME(quantize16)(const float *x, int64_t width, int16_t *levels, int
 
 static inline __attribute__((always_inline)) void NAME(int16_tile)(
     const int rows, const int add, const uint8_t *x, int64_t x_step, const float *x_scales, int64_t scales_step,
-    const int16_t *weight, const int16_t *ahead, const float *scales, int64_t inputs, float *out, int64_t out_step) {
+    const int16_t *weight, const char *ahead, int64_t lines, const float *scales, int64_t inputs, float *out, int64_t out_step) {
     vf totals[INT_ROWS_MAX][4]; /* in memory, which costs little once a group */
     for (int64_t group = 0; group < inputs / GROUP; group++) {
         __m512i sums[INT_ROWS_MAX][4];
@@ -182,8 +185,7 @@ static inline __attribute__((always_inline)) void NAME(int16_tile)(
             __m512i part[4];
 #pragma GCC unroll 4
             for (int p = 0; p < 4; p++) part[p] = _mm512_loadu_si512(weight + k * BLOCK + p * 32);
-#pragma GCC unroll 4
-            for (int p = 0; p < 4; p++) __builtin_prefetch(ahead + k * BLOCK + p * 32, 0, 2);
+            FETCH_AHEAD(k / 2)
 #pragma GCC unroll 6
             for (int r = 0; r < rows; r++) {
                 int32_t two;
@@ -216,11 +218,12 @@ static inline __attribute__((always_inline)) void NAME(int16_tile)(
 
 #define INT16_ROWS(rows)                                                                                              \
     case rows:                                                                                                        \
-        NAME(int16_tile)(rows, add, x, x_step, x_scales, scales_step, weight, ahead, scales, inputs, out, out_step);  \
+        NAME(int16_tile)(rows, add, x, x_step, x_scales, scales_step, weight, ahead, lines, scales, inputs, out,      \
+                         out_step);                                                                                   \
         break;
 
 static void NAME(int16_rows)(int add, int64_t rows, const uint8_t *x, int64_t x_step, const float *x_scales,
-                             int64_t scales_step, const int16_t *weight, const int16_t *ahead, const float *scales,
+                             int64_t scales_step, const int16_t *weight, const char *ahead, int64_t lines, const float *scales,
                              int64_t inputs, float *out, int64_t out_step) {
     switch (rows) {
         INT16_ROWS(1)
@@ -242,7 +245,7 @@ static void NAME(int16_rest)(const uint8_t *rest, const float *rest_scales, cons
         for (uint32_t left = _mm512_cmp_ps_mask(some, v_zero(), _CMP_NEQ_UQ); left != 0; left &= left - 1) {
             const int64_t group = first + __builtin_ctz(left);
             const int16_t *w = weight + group * GROUP * BLOCK;
-            NAME(int16_tile)(1, 1, rest + group * GROUP * 2, 0, rest_scales + group, 0, w, w, scales, GROUP, out, 0);
+            NAME(int16_tile)(1, 1, rest + group * GROUP * 2, 0, rest_scales + group, 0, w, NULL, 0, scales, GROUP, out, 0);
         }
     }
 }
@@ -280,7 +283,7 @@ static float NAME(quantize)(const float *x, int64_t width, uint8_t *levels, uint
 
 static inline __attribute__((always_inline)) void NAME(int8_tile)(
     const int rows, const int panels, const int add, const uint8_t *x, int64_t x_step,
-    const int8_t *weight, const int8_t *ahead, const int32_t *offsets, const float *scales, int64_t inputs, float unit,
+    const int8_t *weight, const char *ahead, int64_t lines, const int32_t *offsets, const float *scales, int64_t inputs, float unit,
     const float *largest, int64_t largest_step, float *out, int64_t out_step) {
     __m512i sums[INT_ROWS_MAX][4];
 #pragma GCC unroll 6
@@ -292,8 +295,7 @@ static inline __attribute__((always_inline)) void NAME(int8_tile)(
         __m512i part[4];
 #pragma GCC unroll 4
         for (int p = 0; p < panels; p++) part[p] = _mm512_loadu_si512(w + p * 64);
-#pragma GCC unroll 4
-        for (int p = 0; p < panels; p++) __builtin_prefetch(ahead + k * BLOCK + p * 64, 0, 2);
+        FETCH_AHEAD(k / 4)
 #pragma GCC unroll 6
         for (int r = 0; r < rows; r++) {
             int32_t four;
@@ -320,12 +322,12 @@ static inline __attribute__((always_inline)) void NAME(int8_tile)(
 
 #define INT8_ROWS(rows)                                                                                               \
     case rows:                                                                                                        \
-        NAME(int8_tile)(rows, 4, add, x, x_step, weight, ahead, offsets, scales, inputs, unit, largest,               \
+        NAME(int8_tile)(rows, 4, add, x, x_step, weight, ahead, lines, offsets, scales, inputs, unit, largest,        \
                         largest_step, out, out_step);                                                                 \
         break;
 
 static void NAME(int8_rows)(int add, int64_t rows, const uint8_t *x, int64_t x_step, const int8_t *weight,
-                            const int8_t *ahead, const int32_t *offsets, const float *scales, int64_t inputs,
+                            const char *ahead, int64_t lines, const int32_t *offsets, const float *scales, int64_t inputs,
                             float unit, const float *largest, int64_t largest_step, float *out, int64_t out_step) {
     switch (rows) {
         INT8_ROWS(1)
@@ -345,39 +347,44 @@ static void NAME(product)(const Linear *linear, const float *x, int64_t x_step, 
     const int64_t inputs = linear->inputs, most = linear->kind >= INT16 ? INT_ROWS_MAX : MAX_ROWS;
     const int64_t pieces = (rows + most - 1) / most;
     const int64_t size = linear->kind == FLOAT32 ? 4 : linear->kind >= INT8 ? 1 : 2;
+    const int64_t bytes = BLOCK * inputs * size; /* of a block: each step of a tile reads so many lines of it */
+    const int64_t step_lines = linear->kind == FLOAT16 ? 2 : 4, slice = (step_lines + pieces - 1) / pieces;
+    const int64_t slots = step_lines / slice;
     for (int64_t block = first; block < last; block++) {
-        const char *weight = (const char *)linear->weight + block * BLOCK * inputs * size;
+        const char *weight = (const char *)linear->weight + block * bytes;
         for (int64_t piece = 0; piece < pieces; piece++) {
             const int64_t from = rows * piece / pieces, count = rows * (piece + 1) / pieces - from;
             float *to = out + from * out_step + block * BLOCK;
-            /* While the last rows are computed the memory would be idle: the next block comes into the cache. */
-            const char *ahead = piece == pieces - 1 && block + 1 < last ? weight + BLOCK * inputs * size : weight;
+            /* The next block comes into the cache meanwhile, a slice of it with each of some pieces. */
+            const int64_t slot = piece * slots / pieces, begins = piece == 0 || slot != (piece - 1) * slots / pieces;
+            const int64_t lines = begins && block + 1 < last ? slice : 0;
+            const char *ahead = weight + bytes + slot * (bytes / slots);
             if (linear->kind == FLOAT32)
-                NAME(float32_rows)(add, count, x + from * x_step, x_step, weight, ahead, inputs, to, out_step);
+                NAME(float32_rows)(add, count, x + from * x_step, x_step, weight, ahead, lines, inputs, to, out_step);
             else if (linear->kind == FLOAT16)
-                NAME(float16_rows)(add, count, x + from * x_step, x_step, weight, ahead, inputs, to, out_step);
+                NAME(float16_rows)(add, count, x + from * x_step, x_step, weight, ahead, lines, inputs, to, out_step);
 #ifdef WITH_VNNI
             else if (linear->kind == INT16) {
                 const uint8_t *levels = quantized->levels + from * quantized->step;
                 const float *scales = quantized->scales + from * quantized->scales_step;
                 const float *w_scales = linear->scales + block * BLOCK;
                 NAME(int16_rows)(add, count, levels, quantized->step, scales, quantized->scales_step,
-                                 (const int16_t *)weight, (const int16_t *)ahead, w_scales, inputs, to, out_step);
+                                 (const int16_t *)weight, ahead, lines, w_scales, inputs, to, out_step);
                 for (int64_t row = 0; row < count; row++)
                     NAME(int16_rest)(levels + row * quantized->step + quantized->step / 2,
                                      scales + row * quantized->scales_step + quantized->scales_step / 2,
                                      (const int16_t *)weight, w_scales, inputs, to + row * out_step);
             }
             else {
-                const int8_t *w = (const int8_t *)weight, *next = (const int8_t *)ahead;
+                const int8_t *w = (const int8_t *)weight;
                 const int32_t *offsets = linear->offsets + block * BLOCK;
                 const uint8_t *levels = quantized->levels + from * quantized->step;
                 const float *scales = linear->scales + block * BLOCK;
                 const float *largest = quantized->scales + from * quantized->scales_step;
-                NAME(int8_rows)(add, count, levels, quantized->step, w, next, offsets, scales, inputs, 1.0f / 127.0f,
+                NAME(int8_rows)(add, count, levels, quantized->step, w, ahead, lines, offsets, scales, inputs, 1.0f / 127.0f,
                                 largest, quantized->scales_step, to, out_step);
                 if (linear->kind == INT8_FINE)
-                    NAME(int8_rows)(1, count, levels + quantized->step / 2, quantized->step, w, next, offsets, scales,
+                    NAME(int8_rows)(1, count, levels + quantized->step / 2, quantized->step, w, NULL, 0, offsets, scales,
                                     inputs, 1.0f / (127.0f * 254.0f), largest, quantized->scales_step, to, out_step);
             }
 #else
@@ -624,13 +631,14 @@ static void NAME(linear)(const Linear *linear, const float *x, int64_t rows, Qua
     }
     /* Pieces of rows times blocks of outputs: enough of them for every thread, and of a size for the cache. */
     const int64_t pieces = (rows + PIECE_ROWS - 1) / PIECE_ROWS, units = pieces * linear->blocks;
-    for (int64_t unit = FIRST(units); unit < LAST(units); unit++) {
+    for (int64_t unit = FIRST(units), next; unit < LAST(units); unit = next) {
         const int64_t piece = unit / linear->blocks, block = unit % linear->blocks;
+        next = (piece + 1) * linear->blocks < LAST(units) ? (piece + 1) * linear->blocks : LAST(units);
         const int64_t from = rows * piece / pieces, count = rows * (piece + 1) / pieces - from;
         Quantized part = *quantized;
         part.levels += from * part.step;
         part.scales += from * part.scales_step;
-        NAME(product)(linear, x + from * linear->inputs, linear->inputs, &part, count, block, block + 1, 0,
+        NAME(product)(linear, x + from * linear->inputs, linear->inputs, &part, count, block, block + next - unit, 0,
                       out + from * linear->blocks * BLOCK, linear->blocks * BLOCK);
     }
 }
