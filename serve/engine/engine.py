@@ -17,6 +17,7 @@ import itertools
 import logging
 import secrets
 from collections.abc import Sequence as SequenceOf
+from typing import Any
 
 import torch
 
@@ -37,7 +38,7 @@ class Engine:
 
     def __init__(
         self,
-        runner: Runner,
+        runner: Runner[Any],
         settings: EngineSettings,
         *,
         vocab_size: int,

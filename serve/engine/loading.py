@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -40,7 +41,7 @@ def load_model(
     return model
 
 
-def make_runner(model: T5Model, settings: EngineSettings, *, paged: bool | None = None) -> Runner:
+def make_runner(model: T5Model, settings: EngineSettings, *, paged: bool | None = None) -> Runner[Any]:
     """What carries out the engine's plans on the model's device.
 
     `paged` (default: on CUDA, where Triton is installed) chooses the path of `serve.engine.gpu`; on a CPU that runs
@@ -60,7 +61,7 @@ def make_runner(model: T5Model, settings: EngineSettings, *, paged: bool | None 
     return ModelRunner(model, cache_bytes=settings.cache_bytes, thread_worth_seconds=settings.thread_worth_seconds)
 
 
-def make_engine(model: T5Model, settings: EngineSettings, runner: Runner | None = None) -> Engine:
+def make_engine(model: T5Model, settings: EngineSettings, runner: Runner[Any] | None = None) -> Engine:
     """An engine over `model`; `runner` (default: the device's) may be a wrapped one."""
     if runner is None:
         runner = make_runner(model, settings)

@@ -6,6 +6,7 @@ Scores are never divided by sqrt(D), cross-attention has no bias, layer 0's rela
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass
@@ -19,10 +20,12 @@ from serve.engine.attention import RaggedAttend, RaggedAttention
 from serve.engine.layers import Activation, Linear, RelativeBias, RmsNorm, WeightFormat, make_linear
 from serve.engine.native.attention import NativeRaggedAttention
 from serve.engine.native.decoder import LayerWeights, NativeDecoder
+from serve.engine.native.encoder import EncoderLayerWeights, NativeEncoder
 from serve.engine.native.head import NativeShortlistHead
 from serve.engine.native.library import Kind, Level, level
 from serve.engine.native.linear import NativeLinear
 from serve.engine.packed_linear import Float16Linear, fbgemm_available
+from serve.engine.sampler import BestTokens, best_and_finite
 from serve.engine.shortlist_head import MIN_VOCABULARY, ShortlistHead
 from serve.engine.weights import Checkpoint
 
@@ -120,6 +123,7 @@ class T5Model:
         # Keys and values are stored as the weights are, at least with float16's precision.
         self.cache_dtype = dtype if layers is None or weights == "plain" else torch.float16
         self.native_decoder = None if layers is None else self._native_decoder(layers)
+        self.native_encoder = self._native_encoder() if self._native else None
 
     def encode(self, token_ids: Tensor, lengths: SequenceOf[int], attend: RaggedAttend | None = None) -> Tensor:
         """Encoder states [T, d_model] of several prompts' `token_ids` [T], laid one after the other.
@@ -127,6 +131,8 @@ class T5Model:
         `attend` None is the attention that runs everywhere.
         """
         if attend is None:
+            if self.native_encoder is not None:
+                return self.native_encoder(token_ids, lengths)
             attend = self._ragged_attention(lengths, causal=False)
         h = F.embedding(token_ids, self._embedding)
         for layer in self._encoder:
@@ -175,11 +181,17 @@ class T5Model:
     def logits(self, states: Tensor, best_only: SequenceOf[bool] = ()) -> Tensor:
         """Decoder states [B, d_model] -> float32 logits [B, vocab_limit].
 
-        `best_only` marks rows that nobody asks for more than their largest logit: in these only logits that could be
-        it are exact, and all others are smaller. None given: none is.
+        `best_only` marks rows that nobody asks for more than their largest logit: these may be -inf everywhere else.
+        None given: none is.
         """
-        scaled = states if self._scale == 1.0 else states * self._scale
-        return self._head(scaled, best_only)
+        return self._head(self._scaled(states), best_only)
+
+    def best_tokens(self, states: Tensor) -> BestTokens | None:
+        """The token of each state's largest logit; None where that takes all logits anyway."""
+        return self._head.best_tokens(self._scaled(states))
+
+    def _scaled(self, states: Tensor) -> Tensor:
+        return states if self._scale == 1.0 else states * self._scale
 
     def _ragged_attention(self, lengths: SequenceOf[int], *, causal: bool) -> RaggedAttend:
         bias = self.decoder_bias if causal else self.encoder_bias
@@ -201,16 +213,37 @@ class T5Model:
         for part in torch.split(h, _FEED_FORWARD_ROWS) if self._native else (h,):
             part += layer.wo(self._activation(layer.wi(layer.norm(part))))
 
+    def _native_encoder(self) -> NativeEncoder | None:
+        """The encoder for our own kernels; None where some layers are not theirs."""
+        layers: list[EncoderLayerWeights] = []
+        for layer in self._encoder:
+            own, feed = layer.attention, layer.feed_forward
+            native = _all_native(own.qkv, own.out, feed.wi, feed.wo)
+            if native is None:
+                return None
+            layers.append(EncoderLayerWeights((own.norm.weight, feed.norm.weight), native))
+        cross = _all_native(*(layer.cross.kv for layer in self._decoder))
+        if cross is None:
+            return None
+        return NativeEncoder(
+            self.config,
+            layers,
+            list(cross),
+            embedding=self._embedding,
+            bias=self.encoder_bias,
+            final_norm=self._encoder_norm.weight,
+            cache_dtype=self.cache_dtype,
+        )
+
     def _native_layers(self) -> list[LayerWeights] | None:
         """The decoder's layers for our own kernels; None where some are not theirs (int8 without VNNI)."""
         layers: list[LayerWeights] = []
         for layer in self._decoder:
             own, cross, feed = layer.attention, layer.cross, layer.feed_forward
-            linears = (own.qkv, own.out, cross.q, cross.out, feed.wi, feed.wo)
-            native = [linear for linear in linears if isinstance(linear, NativeLinear)]
-            if len(native) < len(linears):
+            native = _all_native(own.qkv, own.out, cross.q, cross.out, feed.wi, feed.wo)
+            if native is None:
                 return None
-            layers.append(LayerWeights((own.norm.weight, cross.norm.weight, feed.norm.weight), tuple(native)))
+            layers.append(LayerWeights((own.norm.weight, cross.norm.weight, feed.norm.weight), native))
         return layers
 
     def _native_decoder(self, layers: list[LayerWeights]) -> NativeDecoder:
@@ -224,11 +257,18 @@ class T5Model:
         )
 
 
+def _all_native(*linears: Linear) -> tuple[NativeLinear, ...] | None:
+    """The same, if all of them are for our own kernels."""
+    native = tuple(linear for linear in linears if isinstance(linear, NativeLinear))
+    return native if len(native) == len(linears) else None
+
+
 class _Head:
     """The head: the full product, and a shortlist where that is faster."""
 
     def __init__(self, weight: Tensor, build: _Builder) -> None:
         """`weight` is [vocabulary, d_model] in any floating dtype."""
+        self._vocabulary = weight.shape[0]
         self._full = build.head(weight)
         self._shortlist = build.shortlist(weight)
 
@@ -236,19 +276,26 @@ class _Head:
         """[B, d_model] -> float32 [B, vocabulary]; see T5Model.logits."""
         if self._shortlist is None or not any(best_only):
             return self._full(states).float()
-        if all(best_only):
-            logits, crowded = self._shortlist(states)
-            rest = crowded.nonzero().squeeze(1) if bool(crowded.any()) else None
-        else:
-            at = torch.tensor(best_only)
-            short, crowded = self._shortlist(states[at])
-            logits = short.new_empty(states.shape[0], short.shape[1])
-            logits[at] = short
-            at[at.clone()] = ~crowded
-            rest = (~at).nonzero().squeeze(1)
-        if rest is not None:
-            logits[rest] = self._full(states[rest])
+        at = torch.tensor(best_only)
+        found = self._shortlist(states[at])
+        at[at.clone()] = ~found.crowded
+        logits = states.new_full((states.shape[0], self._vocabulary), -math.inf)
+        sure = ~found.crowded
+        logits[at, found.token_ids[sure]] = found.logits[sure]
+        logits[~at] = self._full(states[~at])
         return logits
+
+    def best_tokens(self, states: Tensor) -> BestTokens | None:
+        """See T5Model.best_tokens."""
+        if self._shortlist is None:
+            return None
+        found = self._shortlist(states)
+        finite = torch.ones_like(found.crowded)
+        if bool(found.crowded.any()):
+            rest = found.crowded.nonzero().squeeze(1)
+            found.token_ids[rest], flags = best_and_finite(self._full(states[rest]))
+            finite[rest] = flags.bool()
+        return BestTokens(found.token_ids, finite)
 
 
 class _Builder:

@@ -4,23 +4,28 @@ from __future__ import annotations
 
 from collections.abc import Sequence as SequenceOf
 from contextlib import nullcontext
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 import torch
 from torch import Tensor
 
 from serve.engine.decode_batch import DecodeBatch
 from serve.engine.model import T5Model
-from serve.engine.sampler import Sampled, sample, wants_best_only
+from serve.engine.sampler import BestTokens, Sampled, sample, wants_best_only
 from serve.engine.scheduler import ScoreChunk, StepPlan
 from serve.engine.scoring import score_candidates
 from serve.engine.sequence import Prompt
 from serve.engine.slabs import CacheTensors, SlabLimit, Slabs
 from serve.engine.thread_choice import ThreadChoice
 
+Decoded = TypeVar("Decoded")
 
-class Runner(Protocol):
-    """What the engine asks for in a step, in this order. Wrap one to time or to disturb it."""
+
+class Runner(Protocol[Decoded]):
+    """What the engine asks for in a step, in this order. Wrap one to time or to disturb it.
+
+    Decoded is what goes from `decode` to `sample`: logits [sequences, vocabulary], or what stands for them.
+    """
 
     def prepare(self, plan: StepPlan) -> None:
         """Carry out the plan's row copies and fit the cache to it."""
@@ -34,15 +39,11 @@ class Runner(Protocol):
         """Summed log-probability of each candidate of the chunk. Any exception concerns its job only."""
         ...
 
-    def decode(self, plan: StepPlan) -> Tensor:
-        """Logits [sequences, vocabulary] float32 of one decode step of all `plan.decode`.
-
-        A sequence that wants its best token only (sampler.wants_best_only) may have, for tokens that cannot be it,
-        smaller numbers than theirs.
-        """
+    def decode(self, plan: StepPlan) -> Decoded:
+        """One decode step of all `plan.decode`."""
         ...
 
-    def sample(self, logits: Tensor, plan: StepPlan) -> Sampled:
+    def sample(self, logits: Decoded, plan: StepPlan) -> Sampled:
         """The next token of each of `plan.decode`. May change `logits`."""
         ...
 
@@ -81,6 +82,9 @@ class ModelRunner:
     def encode(self, prompts: SequenceOf[Prompt]) -> None:
         lengths = [len(prompt.token_ids) for prompt in prompts]
         token_ids = self._ids([token_id for prompt in prompts for token_id in prompt.token_ids])
+        if self._model.native_encoder is not None:
+            self._model.native_encoder(token_ids, lengths, [self._cross_row(prompt) for prompt in prompts])
+            return
         states = self._model.encode(token_ids, lengths)
         narrow = torch.finfo(torch.float16) if self._model.cache_dtype is torch.float16 else None
         for layer, keys_values in enumerate(self._model.cross_keys_values(states)):
@@ -95,10 +99,15 @@ class ModelRunner:
             raise ValueError("a job that is scored holds its prompt")
         return score_candidates(self._model, chunk.candidates, self._cross_row(prompt))
 
-    def decode(self, plan: StepPlan) -> Tensor:
+    def decode(self, plan: StepPlan) -> Tensor | BestTokens:
+        """Logits [sequences, vocabulary] float32, which for a sequence that wants its best token only
+        (sampler.wants_best_only) may hold nothing else; or no logits, where all do.
+        """
         best_only = [wants_best_only(sequence) for sequence in plan.decode]
         with nullcontext() if self._threads is None else self._threads(len(plan.decode)):
-            return self._model.logits(self._states(plan), best_only)
+            states = self._states(plan)
+            best = self._model.best_tokens(states) if all(best_only) else None
+            return self._model.logits(states, best_only) if best is None else best
 
     def _states(self, plan: StepPlan) -> Tensor:
         """One decoder position of all `plan.decode`: [sequences, d_model]."""
@@ -115,7 +124,7 @@ class ModelRunner:
         )
         return model.decode(batch.input_ids, batch)
 
-    def sample(self, logits: Tensor, plan: StepPlan) -> Sampled:
+    def sample(self, logits: Tensor | BestTokens, plan: StepPlan) -> Sampled:
         return sample(logits, plan.decode, eos_token_id=self._model.config.eos_token_id)
 
     def _cross_row(self, prompt: Prompt) -> Tensor:

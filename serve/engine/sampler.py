@@ -42,6 +42,14 @@ class Sampled:
     logprobs: dict[int, TokenLogprob] = field(default_factory=dict)  # row -> the chosen token's
 
 
+@dataclass(frozen=True, slots=True)
+class BestTokens:
+    """What stands for the logits of rows that want nothing of them but the largest's token: see `wants_best_only`."""
+
+    token_ids: Tensor  # [rows] int64
+    finite: Tensor  # [rows] whether the logits are
+
+
 def uniform(seed: int, sample: int, position: int) -> float:
     """The number in [0, 1) that draws token `position` of sample `sample`: SplitMix64's mixing of all three.
 
@@ -71,12 +79,15 @@ def wants_best_only(sequence: Sequence) -> bool:
     return plain and (params.ignore_eos or len(sequence.token_ids) >= params.min_tokens)
 
 
-def sample(logits: Tensor, sequences: SequenceOf[Sequence], *, eos_token_id: int) -> Sampled:
+def sample(logits: Tensor | BestTokens, sequences: SequenceOf[Sequence], *, eos_token_id: int) -> Sampled:
     """Choose the next token of each sequence.
 
-    `logits` [sequences, vocabulary] float32 is changed in place. Rows that replay known tokens are not worth more
-    than an argmax. A row that is not finite gets an arbitrary token and `finite` false.
+    `logits` [sequences, vocabulary] float32 is changed in place; BestTokens are for sequences that all want no more.
+    Rows that replay known tokens are not worth more than an argmax. A row that is not finite gets an arbitrary token
+    and `finite` false.
     """
+    if isinstance(logits, BestTokens):
+        return Sampled(logits.token_ids.tolist(), logits.finite.tolist())
     best = _block_maxima(logits)
     finite = best.amax(-1).isfinite()  # before anybody is forbidden a token
     changed = [row for row, s in enumerate(sequences) if not wants_best_only(s)]

@@ -12,6 +12,7 @@ with all four norms known exactly, so the token is the argmax of the full produc
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -24,8 +25,20 @@ MAX_CANDIDATES = 512  # a row; with more, the full product is faster
 _GATHERED = 1024  # candidates whose weights are looked at together: 2 MB for a width of 512
 
 
+@dataclass(frozen=True, slots=True)
+class Shortlisted:
+    """Each state's best token [rows] int64 and its logit [rows] float32, where not `crowded` [rows].
+
+    Crowded rows have too many tokens that could be it, or are not finite: they must be computed in full.
+    """
+
+    token_ids: Tensor
+    logits: Tensor
+    crowded: Tensor
+
+
 class ShortlistHead:
-    """Logits that are good for an argmax: exact for every token that could be it, lower for all others."""
+    """The token of each state's largest logit, exactly, and that logit."""
 
     def __init__(self, weight: Tensor) -> None:
         """`weight` [vocabulary, width], the head's own numbers, in float32 or float16."""
@@ -34,11 +47,8 @@ class ShortlistHead:
         self._product = int8_linear(_padded(weight), few_rows=True)
         self._lost, self._norms = block_bounds(weight)
 
-    def __call__(self, states: Tensor) -> tuple[Tensor, Tensor]:
-        """Logits [rows, vocabulary] of states [rows, width], and which rows [rows] have too many candidates.
-
-        The latter must be computed in full; so must rows that are not finite.
-        """
+    def __call__(self, states: Tensor) -> Shortlisted:
+        """Of states [rows, width]."""
         logits, loss = self._product.with_loss(states)
         logits[:, self._vocabulary :] = -math.inf
         blocks = logits.view(states.shape[0], -1, BLOCK)
@@ -55,8 +65,12 @@ class ShortlistHead:
         if bool(crowded.any()):
             kept = ~crowded[rows]
             rows, tokens = rows[kept], tokens[kept]
-        logits[rows, tokens] = self._exact(states, rows, tokens)
-        return logits[:, : self._vocabulary], crowded
+        found = self._exact(states, rows, tokens)
+        best = found.new_full((states.shape[0],), -math.inf).scatter_reduce_(0, rows, found, "amax")
+        first = torch.full_like(best, self._vocabulary, dtype=torch.int64)
+        is_best = found == best[rows]
+        first.scatter_reduce_(0, rows[is_best], tokens[is_best], "amin")  # of equal ones
+        return Shortlisted(first, best, crowded)
 
     def _exact(self, states: Tensor, rows: Tensor, tokens: Tensor) -> Tensor:
         """The logit of each (row, token): [candidates]."""

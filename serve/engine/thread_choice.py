@@ -59,7 +59,8 @@ class ThreadChoice:
                     began = time.perf_counter()
                     native = model.native_decoder
                     states = model.decode(ids, NoCache()) if native is None else native.try_step(rows)
-                    model.logits(states, [True] * rows)
+                    if model.best_tokens(states) is None:
+                        model.logits(states)
                     least = min(least, time.perf_counter() - began)
                     if least > _SLOW_SECONDS:
                         break

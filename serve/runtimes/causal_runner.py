@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence as SequenceOf
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -137,7 +138,7 @@ class CausalRunner:
 class CausalEngine(Engine):
     """The engine with what T5 does not have: several EOS tokens, and a context that can be full."""
 
-    def __init__(self, runner: Runner, settings: EngineSettings, model: CausalModel) -> None:
+    def __init__(self, runner: Runner[Any], settings: EngineSettings, model: CausalModel) -> None:
         dims = model.dims
         bytes_per_token = dims.layers * 2 * dims.kv_heads * dims.head_dim * model.dtype.itemsize
         eos = dims.eos_token_ids or (-1,)

@@ -18,7 +18,7 @@ import weakref
 from collections import deque
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 
@@ -84,7 +84,7 @@ class TimedRunner:
     On CUDA nobody waits for the card but who reads the sampled ids, so there the time of encoding shows in decoding's.
     """
 
-    def __init__(self, runner: Runner) -> None:
+    def __init__(self, runner: Runner[Any]) -> None:
         self._runner = runner
         self.encode_seconds = 0.0
         self.decode_seconds = 0.0
@@ -107,14 +107,14 @@ class TimedRunner:
         finally:
             self.decode_seconds += time.perf_counter() - began
 
-    def decode(self, plan: StepPlan) -> torch.Tensor:
+    def decode(self, plan: StepPlan) -> Any:
         began = time.perf_counter()
         try:
             return self._runner.decode(plan)
         finally:
             self.decode_seconds += time.perf_counter() - began
 
-    def sample(self, logits: torch.Tensor, plan: StepPlan) -> Sampled:
+    def sample(self, logits: Any, plan: StepPlan) -> Sampled:
         began = time.perf_counter()
         try:
             return self._runner.sample(logits, plan)
@@ -264,7 +264,7 @@ class TorchRuntime:
         timed = TimedRunner(self.make_runner(model, settings))
         return make_engine(model, settings, timed), timed
 
-    def make_runner(self, model: T5Model, settings: EngineSettings) -> Runner:
+    def make_runner(self, model: T5Model, settings: EngineSettings) -> Runner[Any]:
         """What carries out the engine's plans; a subclass may wrap it."""
         return make_runner(model, settings)
 

@@ -15,7 +15,7 @@ from serve.engine.engine import Engine
 from serve.engine.loading import make_engine
 from serve.engine.model import T5Model
 from serve.engine.runner import ModelRunner
-from serve.engine.sampler import Sampled
+from serve.engine.sampler import BestTokens, Sampled
 from serve.engine.scheduler import StepPlan
 from serve.engine.sequence import Sequence
 from serve.engine.step_output import ScoreResult, StepOutput
@@ -72,7 +72,8 @@ class Watching(ModelRunner):
         self.encode_sizes.append(sum(len(prompt.token_ids) for prompt in prompts))
         super().encode(prompts)
 
-    def sample(self, logits: torch.Tensor, plan: StepPlan) -> Sampled:
+    def sample(self, logits: torch.Tensor | BestTokens, plan: StepPlan) -> Sampled:
+        assert isinstance(logits, torch.Tensor), "a small vocabulary has no shortlist"
         self.decode_sizes.append(len(plan.decode))
         sampled = super().sample(logits, plan)  # leaves penalties and bias in `logits`
         best = logits.topk(2, dim=-1).values

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence as SequenceOf
+from typing import Any
 
 import pytest
 import torch
@@ -34,10 +35,11 @@ class Faulty(ModelRunner):
             raise MemoryError("out of memory")
         super().encode(prompts)
 
-    def decode(self, plan: StepPlan) -> torch.Tensor:
+    def decode(self, plan: StepPlan) -> Any:
         if self.decode_fails:
             raise RuntimeError("the device is gone")
         logits = super().decode(plan)
+        assert isinstance(logits, torch.Tensor)
         for row, sequence in enumerate(plan.decode):
             if sequence.request_id in self.poisoned and sequence.position == 3:
                 logits[row, 17] = self.poisoned[sequence.request_id]

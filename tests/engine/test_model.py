@@ -16,7 +16,7 @@ from serve.engine.loading import load_model
 from serve.engine.model import T5Model
 from serve.engine.native.library import Level
 from serve.engine.runner import ModelRunner
-from serve.engine.sampler import Sampled
+from serve.engine.sampler import BestTokens, Sampled
 from serve.engine.scheduler import StepPlan
 from serve.engine.weights import load_checkpoint
 from serve.sampling_params import SamplingParams
@@ -56,7 +56,8 @@ class Recording(ModelRunner):
         super().__init__(model, cache_bytes=1 << 30)
         self.logits: dict[str, list[Tensor]] = {}
 
-    def sample(self, logits: Tensor, plan: StepPlan) -> Sampled:
+    def sample(self, logits: Tensor | BestTokens, plan: StepPlan) -> Sampled:
+        assert isinstance(logits, Tensor), "a small vocabulary has no shortlist"
         for sequence, row in zip(plan.decode, logits, strict=True):
             self.logits.setdefault(sequence.request_id, []).append(row.clone())
         return super().sample(logits, plan)

@@ -242,11 +242,11 @@ def test_the_shortlist_has_the_best_token(spread: float) -> None:
     common = torch.randn(width, generator=generator)
     weight = common + spread * torch.randn(vocabulary, width, generator=generator)
     states = torch.randn(64, width, generator=generator)
-    logits, crowded = ShortlistHead(weight)(states)
+    found = ShortlistHead(weight)(states)
     exact = states @ weight.t()
-    sure = ~crowded
-    assert torch.equal(logits[sure].argmax(-1), exact[sure].argmax(-1))
-    assert torch.allclose(logits[sure].amax(-1), exact[sure].amax(-1), atol=1e-4)
+    sure = ~found.crowded
+    assert torch.equal(found.token_ids[sure], exact[sure].argmax(-1))
+    assert torch.allclose(found.logits[sure], exact[sure].amax(-1), atol=1e-4)
     if spread == 1.0:
         assert int(sure.sum()) > 32
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from serve.engine.engine import Engine
@@ -43,6 +43,7 @@ ARRIVALS = st.builds(
     steps=st.integers(0, 9),
     abort=st.none() | st.integers(0, 9),
 )
+CROWD = [*[Arrival(prompt=2, max_tokens=40, n=3, steps=9, abort=None)] * 4, Arrival(3, 40, n=1, steps=9, abort=0)]
 
 
 class Alone:
@@ -63,6 +64,7 @@ def test_nothing_is_lost(model: T5Model) -> None:
         tokens=st.integers(200, 350),  # of room in the cache: the longest prompt and its output just fit
         saved=st.integers(0, 150),
     )
+    @example(arrivals=CROWD, tokens=200, saved=0)  # whatever else is drawn: somebody is preempted, and one aborted
     def play(arrivals: list[Arrival], tokens: int, saved: int) -> None:
         nonlocal preempted, aborted
         cache_bytes = tokens * ROW_BYTES

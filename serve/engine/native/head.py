@@ -9,57 +9,56 @@ from torch import Tensor
 
 from serve.engine.native.library import HeadScratchTable, HeadTable, Kind, address, level, loaded
 from serve.engine.native.linear import NativeLinear, room_for_quantized
-from serve.engine.shortlist_head import BLOCK, MAX_CANDIDATES, block_bounds
+from serve.engine.shortlist_head import BLOCK, MAX_CANDIDATES, Shortlisted, block_bounds
+
+_CHOICE = 3  # numbers of types.h's Choice: token, candidates, logit (float64)
 
 
 class NativeShortlistHead:
-    """As ShortlistHead: logits that are exact for every token that could be the best, lower for all others.
-
-    What it returns holds until the next call.
-    """
+    """As ShortlistHead: the token of each state's largest logit, exactly, and that logit."""
 
     def __init__(self, weight: Tensor) -> None:
         """`weight` [vocabulary, width], the head's own numbers, in float32 or float16; `width` a multiple of 16."""
         self._weight = weight.contiguous()
-        self._vocabulary, self._width = weight.shape
+        vocabulary, self._width = weight.shape
         self._lost, self._norms = block_bounds(weight)
-        self._blocks = len(self._lost)
-        padded = torch.zeros(self._blocks * BLOCK, self._width)
-        padded[: self._vocabulary] = weight
+        padded = torch.zeros(len(self._lost) * BLOCK, self._width)
+        padded[:vocabulary] = weight
         self._product = NativeLinear(padded, Kind.INT8)
         self._table = HeadTable(
             self._product.table, address(self._weight), address(self._lost), address(self._norms),
-            weight.dtype is torch.float16, self._vocabulary, self._blocks * BLOCK, MAX_CANDIDATES,
+            weight.dtype is torch.float16, vocabulary, len(padded), MAX_CANDIDATES,
         )  # fmt: skip
-        self._rows = 0
-        self._make_room(1)
+        self._fits = (0, 0)  # rows and threads that there is room for
+        self._scratch = HeadScratchTable()
+        self._room: tuple[Tensor, ...] = ()
 
-    def __call__(self, states: Tensor) -> tuple[Tensor, Tensor]:
-        """Logits [rows, vocabulary] of states [rows, width], and which rows [rows] have too many candidates.
-
-        The latter must be computed in full; so must rows that are not finite, which have none.
-        """
+    def __call__(self, states: Tensor) -> Shortlisted:
+        """Of states [rows, width]."""
         rows, threads = states.shape[0], torch.get_num_threads()
-        self._make_room(rows)
+        self._make_room(rows, threads)
         states = states.contiguous()
-        candidates = torch.empty(threads, rows, dtype=torch.int64)
-        table, norm, loss, best, bound = self._places
-        scratch = HeadScratchTable(table, norm, loss, best, bound, address(candidates))
+        choices = torch.empty(rows, _CHOICE, dtype=torch.int64)
         loaded().flan_shortlist(
-            level(), threads, ctypes.byref(self._table), states.data_ptr(), rows, ctypes.byref(scratch),
-            self._logits.data_ptr(),
+            level(), threads, ctypes.byref(self._table), states.data_ptr(), rows, ctypes.byref(self._scratch),
+            choices.data_ptr(),
         )  # fmt: skip
-        counts = candidates.sum(0)
-        return self._logits[:rows, : self._vocabulary], (counts == 0) | (counts > MAX_CANDIDATES)
+        token_ids, candidates = choices[:, 0], choices[:, 1]
+        crowded = (candidates == 0) | (candidates > MAX_CANDIDATES)
+        return Shortlisted(token_ids, choices.view(torch.float64)[:, 2].float(), crowded)
 
-    def _make_room(self, rows: int) -> None:
-        if rows <= self._rows:
+    def _make_room(self, rows: int, threads: int) -> None:
+        if rows <= self._fits[0] and threads <= self._fits[1]:
             return
-        self._rows = rows
-        self._logits = torch.empty(rows, self._blocks * BLOCK)
-        floats = torch.empty(rows * (2 + 2 * self._blocks))
-        norm = address(floats)
-        loss, best = norm + 4 * rows, norm + 8 * rows
+        rows, threads = max(rows, self._fits[0]), max(threads, self._fits[1])
         table, room = room_for_quantized(rows, self._width)
-        self._places = (table, norm, loss, best, best + 4 * rows * self._blocks)
-        self._room = (floats, room)
+        each = threads * rows
+        sizes = (rows, rows, each * BLOCK, each, each * 2 * MAX_CANDIDATES, each * 2 * MAX_CANDIDATES)
+        numbers = torch.empty(sum(sizes))  # of 4 bytes each; what is not written takes no memory
+        choices = torch.empty(each, _CHOICE, dtype=torch.int64)
+        places = [address(numbers)]
+        for size in sizes[:-1]:
+            places.append(places[-1] + 4 * size)
+        self._scratch = HeadScratchTable(table, *places, address(choices))
+        self._room = (room, numbers, choices)
+        self._fits = (rows, threads)

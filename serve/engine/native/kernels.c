@@ -48,8 +48,8 @@ void flan_step(int64_t level, int64_t threads, const Model *model, const Row *ro
 }
 
 /* out [rows, 64 * blocks] = x [rows, inputs] W^T. `quantized` is room for integer layers' rows. */
-void flan_linear(int64_t level, int64_t threads, const Linear *linear, const float *x, int64_t rows, Quantized *quantized,
-                 float *out) {
+void flan_linear(int64_t level, int64_t threads, const Linear *linear, const float *x, int64_t rows,
+                 Quantized *quantized, float *out) {
     PARALLEL(linear(linear, x, rows, quantized, team, out))
 }
 
@@ -73,11 +73,19 @@ void flan_attention(int64_t level, int64_t threads, Texts *texts) {
     PARALLEL(attend(texts, team))
 }
 
-/* Logits [rows, padded] that are good for an argmax, and in `candidates` [rows] how many were computed exactly. */
+/* States [tokens, d_model] of texts, normalized, and their keys and values in `rows` (or NULL): one for each text. */
+void flan_encode(int64_t level, int64_t threads, const Encoder *encoder, const int64_t *tokens, Texts *texts,
+                 const Cached *rows, Scratch *scratch, float *states) {
+    texts->cost = 0;
+    for (int64_t text = 0; text < texts->texts; text++)
+        texts->cost += texts->heads * texts->lengths[text] * texts->lengths[text];
+    PARALLEL(encode(encoder, tokens, texts, rows, scratch, team, states))
+}
+
+/* The best token of each of `rows` states; rows with no candidates, or with more than head->most, have no sure one. */
 void flan_shortlist(int64_t level, int64_t threads, const Head *head, const float *states, int64_t rows,
-                    HeadScratch *scratch, float *logits) {
-    memset(scratch->candidates, 0, (size_t)(threads * rows) * sizeof(int64_t));
-    PARALLEL(shortlist(head, states, rows, scratch, team, logits))
+                    HeadScratch *scratch, Choice *best) {
+    PARALLEL(shortlist(head, states, rows, scratch, team, best))
 }
 
 /* float32 that a thread needs for texts of up to `longest` tokens. */

@@ -140,7 +140,7 @@ static void NAME(groups)(const float *x, int64_t count, vf *largest, vf *sum, vf
 }
 
 /* `x` [width] in levels, `rest` what these leave over of uneven groups, in levels of 1/16382. Both with scales, that of
- * an even group's rest is 0; all are NaN where the row is not finite. */
+ * an even group's rest is 0; all are NaN where the row is not finite. Before the rests' scales: how many are uneven. */
 static void NAME(quantize16)(const float *x, int64_t width, int16_t *levels, int16_t *rest, float *scales,
                              float *rest_scales) {
     const int64_t groups = width / GROUP;
@@ -154,6 +154,7 @@ static void NAME(quantize16)(const float *x, int64_t width, int16_t *levels, int
     }
     /* A multiple of the mean magnitude, each group's largest left out. */
     const float limit = v_sum(others) * (float)UNEVEN / (float)(groups * (GROUP - 1)), broken = v_sum(check);
+    int64_t count = 0;
     for (int64_t group = 0; group < groups; group++) {
         const float largest = scales[group] > 1e-30f ? scales[group] : 1e-30f;
         const vf factor = v_all(INT16_MOST / largest);
@@ -168,12 +169,15 @@ static void NAME(quantize16)(const float *x, int64_t width, int16_t *levels, int
         }
         scales[group] = largest * (1.0f / INT16_MOST) + broken;
         rest_scales[group] = uneven ? scales[group] * (0.5f / INT16_MOST) : 0.0f;
+        count += uneven;
     }
+    rest_scales[-1] = (float)count;
 }
 
 static inline __attribute__((always_inline)) void NAME(int16_tile)(
     const int rows, const int add, const uint8_t *x, int64_t x_step, const float *x_scales, int64_t scales_step,
-    const int16_t *weight, const char *ahead, int64_t lines, const float *scales, int64_t inputs, float *out, int64_t out_step) {
+    const int16_t *weight, const char *ahead, int64_t lines, const float *scales, int64_t inputs, float *out,
+    int64_t out_step) {
     vf totals[INT_ROWS_MAX][4]; /* in memory, which costs little once a group */
     for (int64_t group = 0; group < inputs / GROUP; group++) {
         __m512i sums[INT_ROWS_MAX][4];
@@ -223,8 +227,8 @@ static inline __attribute__((always_inline)) void NAME(int16_tile)(
         break;
 
 static void NAME(int16_rows)(int add, int64_t rows, const uint8_t *x, int64_t x_step, const float *x_scales,
-                             int64_t scales_step, const int16_t *weight, const char *ahead, int64_t lines, const float *scales,
-                             int64_t inputs, float *out, int64_t out_step) {
+                             int64_t scales_step, const int16_t *weight, const char *ahead, int64_t lines,
+                             const float *scales, int64_t inputs, float *out, int64_t out_step) {
     switch (rows) {
         INT16_ROWS(1)
         INT16_ROWS(2)
@@ -238,14 +242,15 @@ static void NAME(int16_rows)(int add, int64_t rows, const uint8_t *x, int64_t x_
 /* Add what rounding left over of a row's uneven groups. */
 static void NAME(int16_rest)(const uint8_t *rest, const float *rest_scales, const int16_t *weight, const float *scales,
                              int64_t inputs, float *out) {
-    const int64_t groups = inputs / GROUP;
+    const int64_t groups = rest_scales[-1] == 0.0f ? 0 : inputs / GROUP;
     for (int64_t first = 0; first < groups; first += LANES) {
         const __mmask16 known = (__mmask16)(groups - first < LANES ? (1u << (groups - first)) - 1 : 0xffff);
         const vf some = _mm512_maskz_loadu_ps(known, rest_scales + first);
         for (uint32_t left = _mm512_cmp_ps_mask(some, v_zero(), _CMP_NEQ_UQ); left != 0; left &= left - 1) {
             const int64_t group = first + __builtin_ctz(left);
             const int16_t *w = weight + group * GROUP * BLOCK;
-            NAME(int16_tile)(1, 1, rest + group * GROUP * 2, 0, rest_scales + group, 0, w, NULL, 0, scales, GROUP, out, 0);
+            NAME(int16_tile)(1, 1, rest + group * GROUP * 2, 0, rest_scales + group, 0, w, NULL, 0, scales, GROUP, out,
+                             0);
         }
     }
 }
@@ -283,8 +288,8 @@ static float NAME(quantize)(const float *x, int64_t width, uint8_t *levels, uint
 
 static inline __attribute__((always_inline)) void NAME(int8_tile)(
     const int rows, const int panels, const int add, const uint8_t *x, int64_t x_step,
-    const int8_t *weight, const char *ahead, int64_t lines, const int32_t *offsets, const float *scales, int64_t inputs, float unit,
-    const float *largest, int64_t largest_step, float *out, int64_t out_step) {
+    const int8_t *weight, const char *ahead, int64_t lines, const int32_t *offsets, const float *scales, int64_t inputs,
+    float unit, const float *largest, int64_t largest_step, float *out, int64_t out_step) {
     __m512i sums[INT_ROWS_MAX][4];
 #pragma GCC unroll 6
     for (int r = 0; r < rows; r++)
@@ -327,8 +332,9 @@ static inline __attribute__((always_inline)) void NAME(int8_tile)(
         break;
 
 static void NAME(int8_rows)(int add, int64_t rows, const uint8_t *x, int64_t x_step, const int8_t *weight,
-                            const char *ahead, int64_t lines, const int32_t *offsets, const float *scales, int64_t inputs,
-                            float unit, const float *largest, int64_t largest_step, float *out, int64_t out_step) {
+                            const char *ahead, int64_t lines, const int32_t *offsets, const float *scales,
+                            int64_t inputs, float unit, const float *largest, int64_t largest_step, float *out,
+                            int64_t out_step) {
     switch (rows) {
         INT8_ROWS(1)
         INT8_ROWS(2)
@@ -341,9 +347,9 @@ static void NAME(int8_rows)(int add, int64_t rows, const uint8_t *x, int64_t x_s
 #endif
 
 /* One thread's share of out [rows, outputs] (+)= x W^T: blocks `first`..`last` - 1 of 64 outputs, of all rows.
- * `padded` outputs are written; out_step leaves room for them. Integer layers read `quantized`, the rows as integers. */
-static void NAME(product)(const Linear *linear, const float *x, int64_t x_step, const Quantized *quantized, int64_t rows,
-                          int64_t first, int64_t last, int add, float *out, int64_t out_step) {
+ * `padded` outputs are written; out_step leaves room for them. Integer layers read `quantized`, rows as integers. */
+static void NAME(product)(const Linear *linear, const float *x, int64_t x_step, const Quantized *quantized,
+                          int64_t rows, int64_t first, int64_t last, int add, float *out, int64_t out_step) {
     const int64_t inputs = linear->inputs, most = linear->kind >= INT16 ? INT_ROWS_MAX : MAX_ROWS;
     const int64_t pieces = (rows + most - 1) / most;
     const int64_t size = linear->kind == FLOAT32 ? 4 : linear->kind >= INT8 ? 1 : 2;
@@ -381,11 +387,12 @@ static void NAME(product)(const Linear *linear, const float *x, int64_t x_step, 
                 const uint8_t *levels = quantized->levels + from * quantized->step;
                 const float *scales = linear->scales + block * BLOCK;
                 const float *largest = quantized->scales + from * quantized->scales_step;
-                NAME(int8_rows)(add, count, levels, quantized->step, w, ahead, lines, offsets, scales, inputs, 1.0f / 127.0f,
-                                largest, quantized->scales_step, to, out_step);
+                NAME(int8_rows)(add, count, levels, quantized->step, w, ahead, lines, offsets, scales, inputs,
+                                1.0f / 127.0f, largest, quantized->scales_step, to, out_step);
                 if (linear->kind == INT8_FINE)
-                    NAME(int8_rows)(1, count, levels + quantized->step / 2, quantized->step, w, NULL, 0, offsets, scales,
-                                    inputs, 1.0f / (127.0f * 254.0f), largest, quantized->scales_step, to, out_step);
+                    NAME(int8_rows)(1, count, levels + quantized->step / 2, quantized->step, w, NULL, 0, offsets,
+                                    scales, inputs, 1.0f / (127.0f * 254.0f), largest, quantized->scales_step, to,
+                                    out_step);
             }
 #else
             (void)quantized;
@@ -491,8 +498,8 @@ static void NAME(keep)(int64_t half, const float *from, int64_t d_kv, char *to) 
 #define LAST(count) ((count) * (team.thread + 1) / team.threads)
 
 /* The layer's quantized rows from `x`, of this thread's rows; nothing to do for float weights. */
-static void NAME(quantize_share)(const Linear *linear, const float *x, int64_t x_step, int64_t rows, Quantized *quantized,
-                                 Team team) {
+static void NAME(quantize_share)(const Linear *linear, const float *x, int64_t x_step, int64_t rows,
+                                 Quantized *quantized, Team team) {
 #ifdef WITH_VNNI
     for (int64_t row = FIRST(rows); row < LAST(rows) && linear->kind >= INT16; row++) {
         const float *from = x + row * x_step;
@@ -545,7 +552,8 @@ static void NAME(feed_forward)(const Model *model, const Layer *layer, int64_t b
     const int64_t from = FIRST(blocks), to = LAST(blocks);
     NAME(product)(&layer->wi, s->x, s->x_step, &s->quantized, batch, from, to, 0, s->y, s->y_step);
     if (model->gated)
-        NAME(product)(&layer->wi, s->x, s->x_step, &s->quantized, batch, blocks + from, blocks + to, 0, s->y, s->y_step);
+        NAME(product)(&layer->wi, s->x, s->x_step, &s->quantized, batch, blocks + from, blocks + to, 0, s->y,
+                      s->y_step);
     for (int64_t row = 0; row < batch; row++) {
         float *y = s->y + row * s->y_step;
         for (int64_t k = from * BLOCK; k < to * BLOCK; k += LANES) {
@@ -624,12 +632,10 @@ static void NAME(step)(const Model *model, const Row *rows, int64_t batch, Scrat
 
 /* -- single operations over many rows ---------------------------------------------------------------------------- */
 
-static void NAME(linear)(const Linear *linear, const float *x, int64_t rows, Quantized *quantized, Team team, float *out) {
-    if (linear->kind >= INT16) {
-        NAME(quantize_share)(linear, x, linear->inputs, rows, quantized, team);
-        BARRIER
-    }
-    /* Pieces of rows times blocks of outputs: enough of them for every thread, and of a size for the cache. */
+/* A thread's share of out [rows, 64 * blocks] (+)= x W^T for many rows: pieces of rows times blocks of outputs, enough
+ * of them for every thread, and of a size for the cache. */
+static void NAME(units)(const Linear *linear, const float *x, int64_t x_step, const Quantized *quantized, int64_t rows,
+                        Team team, int add, float *out, int64_t out_step) {
     const int64_t pieces = (rows + PIECE_ROWS - 1) / PIECE_ROWS, units = pieces * linear->blocks;
     for (int64_t unit = FIRST(units), next; unit < LAST(units); unit = next) {
         const int64_t piece = unit / linear->blocks, block = unit % linear->blocks;
@@ -638,9 +644,18 @@ static void NAME(linear)(const Linear *linear, const float *x, int64_t rows, Qua
         Quantized part = *quantized;
         part.levels += from * part.step;
         part.scales += from * part.scales_step;
-        NAME(product)(linear, x + from * linear->inputs, linear->inputs, &part, count, block, block + next - unit, 0,
-                      out + from * linear->blocks * BLOCK, linear->blocks * BLOCK);
+        NAME(product)(linear, x + from * x_step, x_step, &part, count, block, block + next - unit, add,
+                      out + from * out_step, out_step);
     }
+}
+
+static void NAME(linear)(const Linear *linear, const float *x, int64_t rows, Quantized *quantized, Team team,
+                         float *out) {
+    if (linear->kind >= INT16) {
+        NAME(quantize_share)(linear, x, linear->inputs, rows, quantized, team);
+        BARRIER
+    }
+    NAME(units)(linear, x, linear->inputs, quantized, rows, team, 0, out, linear->blocks * BLOCK);
 }
 
 static void NAME(normalize_rows)(const float *x, const float *weight, double epsilon, int64_t rows, int64_t width,
@@ -732,6 +747,89 @@ static void NAME(attend_texts)(const Texts *t, Team team) {
     }
 }
 
+/* -- the encoder --------------------------------------------------------------------------------------------------- */
+
+/* out (+)= linear of x, which each thread has made its share of. */
+static void NAME(shared_product)(const Linear *linear, const float *x, int64_t x_step, int64_t rows, Scratch *s,
+                                 Team team, int add, float *out, int64_t out_step) {
+    NAME(quantize_share)(linear, x, x_step, rows, &s->quantized, team);
+    BARRIER
+    NAME(units)(linear, x, x_step, &s->quantized, rows, team, add, out, out_step);
+    BARRIER
+}
+
+/* h += feed-forward of it. */
+static void NAME(feed_rows)(const Encoder *encoder, const EncoderLayer *layer, float *h, int64_t rows, Scratch *s,
+                            Team team) {
+    for (int64_t row = FIRST(rows); row < LAST(rows); row++)
+        NAME(normalize)(h + row * s->h_step, layer->feed_norm, (float)encoder->epsilon, encoder->d_model,
+                        s->x + row * s->x_step);
+    const int64_t step = layer->wi.blocks * BLOCK, width = encoder->gated ? step / 2 : step;
+    NAME(shared_product)(&layer->wi, s->x, s->x_step, rows, s, team, 0, s->y, step);
+    for (int64_t row = FIRST(rows); row < LAST(rows); row++) {
+        float *y = s->y + row * step;
+        for (int64_t k = 0; k < width; k += LANES) {
+            vf value = NAME(activate)(encoder->activation, v_load(y + k));
+            if (encoder->gated) value = v_mul(value, v_load(y + width + k));
+            v_store(y + k, value);
+        }
+    }
+    NAME(shared_product)(&layer->wo, s->y, step, rows, s, team, 1, h, s->h_step);
+}
+
+/* Keep this thread's share of the keys and values [tokens] in the rows of their prompts. */
+static void NAME(keep_rows)(const Encoder *encoder, int64_t layer, const float *keys_values, int64_t step,
+                            const Texts *texts, const Cached *rows, Team team) {
+    const int64_t heads = encoder->heads, d_kv = encoder->d_kv, size = encoder->half_cache ? 2 : 4;
+    for (int64_t text = 0; text < texts->texts; text++) {
+        const int64_t length = texts->lengths[text];
+        const Cached *row = rows + text;
+        for (int64_t number = FIRST(2 * heads); number < LAST(2 * heads); number++) {
+            const int64_t kind = number / heads, head = number % heads;
+            char *to = row->rows + (layer * row->layer_step + kind * row->kind_step + head * row->head_step) * size;
+            for (int64_t at = 0; at < length; at++)
+                NAME(keep)(encoder->half_cache, keys_values + at * step + number * d_kv, d_kv, to + at * d_kv * size);
+        }
+        keys_values += length * step;
+    }
+}
+
+/* States of all texts' tokens, normalized; and, with `rows`, their keys and values for the decoder. texts->q, k, v and
+ * out point into the scratch. */
+static void NAME(encode)(const Encoder *encoder, const int64_t *tokens, const Texts *texts, const Cached *rows,
+                         Scratch *s, Team team, float *states) {
+    const float epsilon = (float)encoder->epsilon;
+    const int64_t width = encoder->d_model, inner = encoder->heads * encoder->d_kv, step = texts->step;
+    int64_t count = 0;
+    for (int64_t text = 0; text < texts->texts; text++) count += texts->lengths[text];
+    const int64_t low = FIRST(count), high = LAST(count);
+    for (int64_t row = low; row < high; row++)
+        memcpy(s->h + row * s->h_step, encoder->embedding + tokens[row] * width, (size_t)width * 4);
+    for (int64_t number = 0; number < encoder->layers; number++) {
+        const EncoderLayer *layer = encoder->layer + number;
+        for (int64_t row = low; row < high; row++)
+            NAME(normalize)(s->h + row * s->h_step, layer->self_norm, epsilon, width, s->x + row * s->x_step);
+        NAME(shared_product)(&layer->qkv, s->x, s->x_step, count, s, team, 0, s->y, step);
+        NAME(attend_texts)(texts, team);
+        BARRIER
+        NAME(shared_product)(&layer->self_out, texts->out, inner, count, s, team, 1, s->h, s->h_step);
+        for (int64_t row = 0; row < count; row += FEED_ROWS)
+            NAME(feed_rows)(encoder, layer, s->h + row * s->h_step, count - row < FEED_ROWS ? count - row : FEED_ROWS,
+                            s, team);
+    }
+    for (int64_t row = low; row < high; row++)
+        NAME(normalize)(s->h + row * s->h_step, encoder->final_norm, epsilon, width, states + row * width);
+    if (rows == NULL) return;
+    NAME(quantize_share)(encoder->cross, states, width, count, &s->quantized, team); /* of one kind in all layers */
+    BARRIER
+    for (int64_t layer = 0; layer < encoder->decoder_layers; layer++) {
+        NAME(units)(encoder->cross + layer, states, width, &s->quantized, count, team, 0, s->y, step);
+        BARRIER
+        NAME(keep_rows)(encoder, layer, s->y, step, texts, rows, team);
+        BARRIER
+    }
+}
+
 /* -- the shortlist head -------------------------------------------------------------------------------------------- */
 
 #ifdef WITH_VNNI
@@ -746,10 +844,30 @@ static float NAME(dot)(const Head *head, int64_t token, const float *state) {
     return v_sum(sum);
 }
 
+static float NAME(bound)(const Head *head, const HeadScratch *s, int64_t row, int64_t block) {
+    return s->norm[row] * head->lost[block] + s->loss[row] * head->norms[block];
+}
+
+/* Of `count` listed tokens of a row, keep those that may be the best where the best is at least `reached`. */
+static int64_t NAME(sift)(const Head *head, const HeadScratch *s, int64_t row, float reached, int64_t count,
+                          int32_t *tokens, float *logits) {
+    int64_t kept = 0;
+    for (int64_t at = 0; at < count; at++)
+        if (logits[at] >= reached - NAME(bound)(head, s, row, tokens[at] / SHORTLIST_BLOCK)) {
+            tokens[kept] = tokens[at];
+            logits[kept++] = logits[at];
+        }
+    return kept;
+}
+
+/* Each row's best token. Every thread goes through some of the blocks and lists what can be it, as far as is known;
+ * when all are done, it computes what is left of its list. Tokens come in order: of equal ones the first is taken. */
 static void NAME(shortlist)(const Head *head, const float *states, int64_t rows, HeadScratch *s, Team team,
-                            float *logits) {
-    const int64_t width = head->product.inputs, blocks = head->padded / SHORTLIST_BLOCK;
-    const int64_t low = FIRST(blocks), high = LAST(blocks);
+                            Choice *best) {
+    const int64_t width = head->product.inputs, blocks = head->padded / SHORTLIST_BLOCK, room = 2 * head->most;
+    const int64_t low = FIRST(blocks), high = LAST(blocks), own = team.thread * rows;
+    float *logits = s->logits + own * SHORTLIST_BLOCK, *reached = s->reached + own;
+    Choice *choices = s->choices + own;
     for (int64_t row = FIRST(rows); row < LAST(rows); row++) {
         const float *state = states + row * width;
         const float largest = NAME(quantize)(state, width, s->quantized.levels + row * s->quantized.step, NULL);
@@ -765,42 +883,78 @@ static void NAME(shortlist)(const Head *head, const float *states, int64_t rows,
         /* A state too small to be quantized is lost as a whole. */
         s->loss[row] = largest > 1e-30f ? sqrtf(v_sum(left)) * largest / 127.0f * 1.00001f : s->norm[row];
     }
+    for (int64_t row = 0; row < rows; row++) {
+        reached[row] = -INFINITY;
+        choices[row] = (Choice){-1, 0, -INFINITY};
+    }
     BARRIER
     for (int64_t block = low; block < high; block++) {
-        NAME(product)(&head->product, NULL, 0, &s->quantized, rows, block * 2, block * 2 + 2, 0, logits, head->padded);
-        const int64_t first = block * SHORTLIST_BLOCK, last = first + SHORTLIST_BLOCK;
+        const int64_t first = block * SHORTLIST_BLOCK;
+        NAME(product)(&head->product, NULL, 0, &s->quantized, rows, block * 2, block * 2 + 2, 0,
+                      logits - first, SHORTLIST_BLOCK);
         for (int64_t row = 0; row < rows; row++) {
-            float *logit = logits + row * head->padded;
-            for (int64_t token = head->vocabulary > first ? head->vocabulary : first; token < last; token++)
-                logit[token] = -INFINITY;
-            vf most = v_load(logit + first);
-            for (int64_t at = first + LANES; at < last; at += LANES) most = v_max(most, v_load(logit + at));
-            s->best[row * blocks + block] = v_largest(most);
-            s->bound[row * blocks + block] = s->norm[row] * head->lost[block] + s->loss[row] * head->norms[block];
+            float *logit = logits + row * SHORTLIST_BLOCK;
+            for (int64_t at = head->vocabulary > first ? head->vocabulary - first : 0; at < SHORTLIST_BLOCK; at++)
+                logit[at] = -INFINITY;
+            vf most = v_load(logit);
+            for (int64_t at = LANES; at < SHORTLIST_BLOCK; at += LANES) most = v_max(most, v_load(logit + at));
+            const float largest = v_largest(most), bound = NAME(bound)(head, s, row, block);
+            reached[row] = largest - bound > reached[row] ? largest - bound : reached[row];
+            const float least = reached[row] - bound;
+            if (!(largest >= least)) continue;
+            int32_t *tokens = s->tokens + (own + row) * room;
+            float *listed = s->listed + (own + row) * room;
+            int64_t count = choices[row].candidates;
+            if (count > room - SHORTLIST_BLOCK && count <= room)
+                count = NAME(sift)(head, s, row, reached[row], count, tokens, listed);
+            if (count > room - SHORTLIST_BLOCK) count = room + 1; /* too many, once and for all */
+            else
+                for (int64_t at = 0; at < SHORTLIST_BLOCK; at += LANES) {
+                    const vf some = v_load(logit + at);
+                    const __mmask16 kept = _mm512_cmp_ps_mask(some, v_all(least), _CMP_GE_OQ);
+                    const __m512i step = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+                    _mm512_mask_compressstoreu_epi32(tokens + count, kept,
+                                                     _mm512_add_epi32(step, _mm512_set1_epi32((int)(first + at))));
+                    _mm512_mask_compressstoreu_ps(listed + count, kept, some);
+                    count += __builtin_popcount(kept);
+                }
+            choices[row].candidates = count;
         }
     }
     BARRIER
     for (int64_t row = 0; row < rows; row++) {
-        const float *best = s->best + row * blocks, *bound = s->bound + row * blocks;
-        float *logit = logits + row * head->padded, reached = -INFINITY;
-        for (int64_t block = 0; block < blocks; block++)
-            reached = best[block] - bound[block] > reached ? best[block] - bound[block] : reached;
-        int64_t count = 0;
-        for (int64_t block = low; block < high && count <= head->most; block++) {
-            const float least = reached - bound[block];
-            if (!(best[block] >= least)) continue;
-            for (int64_t token = block * SHORTLIST_BLOCK; token < (block + 1) * SHORTLIST_BLOCK; token++)
-                if (logit[token] >= least && token < head->vocabulary) {
-                    logit[token] = NAME(dot)(head, token, states + row * width);
-                    count++;
-                }
+        int32_t *tokens = s->tokens + (own + row) * room;
+        float least = -INFINITY;
+        for (int64_t thread = 0; thread < team.threads; thread++)
+            least = s->reached[thread * rows + row] > least ? s->reached[thread * rows + row] : least;
+        int64_t count = choices[row].candidates;
+        if (count <= room) count = NAME(sift)(head, s, row, least, count, tokens, s->listed + (own + row) * room);
+        choices[row].candidates = count;
+        for (int64_t at = 0; at < count && count <= head->most; at++) {
+            const float logit = NAME(dot)(head, tokens[at], states + row * width);
+            if (logit > choices[row].logit) {
+                choices[row].logit = logit;
+                choices[row].token = tokens[at];
+            }
         }
-        s->candidates[team.thread * rows + row] = count;
+    }
+    BARRIER
+    for (int64_t row = FIRST(rows); row < LAST(rows); row++) {
+        best[row] = s->choices[row];
+        for (int64_t thread = 1; thread < team.threads; thread++) {
+            const Choice *other = s->choices + thread * rows + row;
+            best[row].candidates += other->candidates;
+            if (other->logit > best[row].logit) {
+                best[row].logit = other->logit;
+                best[row].token = other->token;
+            }
+        }
     }
 }
 #endif
 
 const Kernels NAME(kernels) = {NAME(step), NAME(linear), NAME(normalize_rows), NAME(activate_rows), NAME(attend_texts),
+                               NAME(encode),
 #ifdef WITH_VNNI
                                NAME(shortlist)
 #else

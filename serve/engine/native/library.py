@@ -58,6 +58,29 @@ class LayerTable(Structure):
     ]  # fmt: skip
 
 
+class EncoderLayerTable(Structure):
+    _fields_ = [
+        ("self_norm", c_void_p), ("feed_norm", c_void_p),
+        ("qkv", LinearTable), ("self_out", LinearTable), ("wi", LinearTable), ("wo", LinearTable),
+    ]  # fmt: skip
+
+
+class EncoderTable(Structure):
+    _fields_ = [
+        ("layers", c_int64), ("decoder_layers", c_int64), ("heads", c_int64), ("d_kv", c_int64), ("d_model", c_int64),
+        ("activation", c_int64), ("gated", c_int64), ("half_cache", c_int64), ("epsilon", c_double),
+        ("embedding", c_void_p), ("final_norm", c_void_p), ("layer", POINTER(EncoderLayerTable)),
+        ("cross", POINTER(LinearTable)),
+    ]  # fmt: skip
+
+
+class CachedTable(Structure):
+    _fields_ = [
+        ("rows", c_void_p), ("layer_step", c_int64), ("kind_step", c_int64), ("head_step", c_int64),
+        ("length", c_int64),
+    ]  # fmt: skip
+
+
 class ModelTable(Structure):
     _fields_ = [
         ("layers", c_int64), ("heads", c_int64), ("d_kv", c_int64), ("d_model", c_int64), ("activation", c_int64),
@@ -87,8 +110,8 @@ class HeadTable(Structure):
 
 class HeadScratchTable(Structure):
     _fields_ = [
-        ("quantized", QuantizedTable), ("norm", c_void_p), ("loss", c_void_p), ("best", c_void_p), ("bound", c_void_p),
-        ("candidates", c_void_p),
+        ("quantized", QuantizedTable), ("norm", c_void_p), ("loss", c_void_p), ("logits", c_void_p),
+        ("reached", c_void_p), ("listed", c_void_p), ("tokens", c_void_p), ("choices", c_void_p),
     ]  # fmt: skip
 
 
@@ -130,6 +153,10 @@ def _library() -> ctypes.CDLL | None:
             *sizes, POINTER(HeadTable), c_void_p, c_int64, POINTER(HeadScratchTable), c_void_p,
         ]  # fmt: skip
         library.flan_shortlist.restype = None
+        library.flan_encode.argtypes = [
+            *sizes, POINTER(EncoderTable), c_void_p, POINTER(TextsTable), c_void_p, POINTER(ScratchTable), c_void_p,
+        ]  # fmt: skip
+        library.flan_encode.restype = None
         library.flan_attention.argtypes = [*sizes, POINTER(TextsTable)]
         library.flan_attention.restype = None
         library.flan_attention_room.argtypes, library.flan_attention_room.restype = [c_int64, c_int64], c_int64

@@ -77,7 +77,7 @@ class NativeLinear:
 
 def room_for_quantized(rows: int, width: int) -> tuple[QuantizedTable, Tensor]:
     """Room for rows as integers; the table holds as long as the tensor does."""
-    step, scales_step = -(-width // 64) * 256, -(-width // _GROUP) * 2
+    step, scales_step = -(-width // 64) * 256, (-(-width // _GROUP) + 1) * 2
     room = torch.empty(rows * (step + 4 * scales_step), dtype=torch.uint8)
     start = address(room)
     return QuantizedTable(start, step, start + rows * step, scales_step), room

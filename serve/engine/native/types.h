@@ -17,6 +17,7 @@
 #define GROUP 32            /* activations of an int16 layer that share a scale */
 #define UNEVEN 128          /* times the mean magnitude: a group's largest, beyond which its neighbours lose bits */
 #define INT16_MOST 8191     /* magnitude of its numbers: GROUP products of two of them are within 32 bits */
+#define FEED_ROWS 256       /* tokens whose feed-forward is computed together, within the cache */
 #define HEAD_COST 16        /* of one head's attention besides its positions, in positions: for fair shares */
 
 enum { FLOAT32, FLOAT16, INT16, INT8, INT8_FINE }; /* from INT16 on activations are quantized, too */
@@ -33,6 +34,20 @@ typedef struct {
     const float *self_norm, *cross_norm, *feed_norm;
     Linear qkv, self_out, cross_q, cross_out, wi, wo;
 } Layer;
+
+typedef struct {
+    const float *self_norm, *feed_norm;
+    Linear qkv, self_out, wi, wo;
+} EncoderLayer;
+
+typedef struct {
+    int64_t layers, decoder_layers, heads, d_kv, d_model, activation, gated, half_cache;
+    double epsilon;
+    const float *embedding; /* [vocabulary, d_model] */
+    const float *final_norm;
+    const EncoderLayer *layer;
+    const Linear *cross; /* of each decoder layer: keys, then values, of its cross-attention */
+} Encoder;
 
 typedef struct {
     int64_t layers, heads, d_kv, d_model, activation, gated, max_distance, half_cache;
@@ -62,8 +77,8 @@ typedef struct {
 } Team;
 
 /* Rows of activations as integers. A row has `step` bytes of them, in the first half its levels, int16 or uint8, in the
- * second what these leave over. Its scales are `scales_step`: int16 has one a group, of the levels in the first half and
- * of what is left over in the second; int8 has one, the row's largest magnitude. */
+ * second what these leave over. Its scales are `scales_step`: int16 has one a group, of the levels in the first half
+ * (and a number at its end), of what is left over in the second; int8 has one, the row's largest magnitude. */
 typedef struct {
     uint8_t *levels;
     int64_t step;
@@ -81,11 +96,20 @@ typedef struct {
     int64_t half, vocabulary, padded, most; /* candidates that are looked at for a row */
 } Head;
 
+/* A row's best token as far as a thread has looked, and how many were candidates. */
+typedef struct {
+    int64_t token, candidates;
+    double logit;
+} Choice;
+
 typedef struct {
     Quantized quantized;
-    float *norm, *loss;   /* [rows] of the state, and of what its quantized form lacks */
-    float *best, *bound;  /* [rows, blocks] */
-    int64_t *candidates;  /* [threads, rows] */
+    float *norm, *loss;    /* [rows] of the state, and of what its quantized form lacks */
+    float *logits;         /* [threads, rows, SHORTLIST_BLOCK] */
+    float *reached;        /* [threads, rows]: what the best logit is at least */
+    float *listed;         /* [threads, rows, 2 * most]: logits that may be it */
+    int32_t *tokens;       /* [threads, rows, 2 * most]: whose they are */
+    Choice *choices;       /* [threads, rows] */
 } HeadScratch;
 
 /* Texts one after the other: q, k, v [tokens] of `step` float32 each, [heads, d_kv] of which are theirs; `out`
@@ -115,8 +139,10 @@ typedef struct {
     void (*activate)(int64_t activation, int64_t gated, const float *x, int64_t rows, int64_t width, Team team,
                      float *out);
     void (*attend)(const Texts *texts, Team team);
+    void (*encode)(const Encoder *encoder, const int64_t *tokens, const Texts *texts, const Cached *rows,
+                   Scratch *scratch, Team team, float *states);
     void (*shortlist)(const Head *head, const float *states, int64_t rows, HeadScratch *scratch, Team team,
-                      float *logits);
+                      Choice *best);
 } Kernels;
 
 extern const Kernels kernels_avx2, kernels_avx512, kernels_avx512_vnni;

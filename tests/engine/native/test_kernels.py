@@ -197,7 +197,7 @@ def test_attention_within_texts(threads: int, causal: bool, d_kv: int) -> None:
 
 
 def test_the_shortlist_has_the_best_token(kernels: Level, threads: int) -> None:
-    """Exact where a token could be the best, lower elsewhere; flat and broken rows are handed back."""
+    """Always, and its exact logit; flat and broken rows are handed back."""
     if kernels is not Level.AVX512_VNNI:
         pytest.skip("the shortlist is an int8 product")
     torch.manual_seed(3)
@@ -209,22 +209,20 @@ def test_the_shortlist_has_the_best_token(kernels: Level, threads: int) -> None:
         states[3] = 0.0
         states[4, 7] = math.nan
         exact = states.double() @ weight.double().t()
-        logits, crowded = head(states)
-        assert logits.shape == (rows, vocabulary)
-        assert crowded[3]  # all logits are 0, so all are candidates
-        assert crowded[4]
-        fine = ~crowded
+        found = head(states)
+        assert found.crowded[3]  # all logits are 0, so all are candidates
+        assert found.crowded[4]
+        fine = ~found.crowded
         assert int(fine.sum()) >= rows - 4
         best = exact.argmax(1)
-        assert torch.equal(logits.argmax(1)[fine], best[fine])
-        own = logits.gather(1, best[:, None])[fine].double()
-        assert torch.allclose(own, exact.gather(1, best[:, None])[fine], rtol=1e-4)
-        kept = logits[5].clone()
-        assert torch.equal(head(states[5:6].clone())[0][0], kept)
+        assert torch.equal(found.token_ids[fine], best[fine])
+        assert torch.allclose(found.logits[fine].double(), exact.amax(1)[fine], rtol=1e-4)
+        alone = head(states[5:6].clone())
+        assert (alone.token_ids[0], alone.logits[0]) == (found.token_ids[5], found.logits[5])
 
 
 def test_near_equal_tokens_are_all_candidates(kernels: Level) -> None:
-    """Two tokens that int8 cannot tell apart: float32 decides, whichever of them comes first."""
+    """Two tokens that int8 cannot tell apart: float32 decides, whichever of them comes first; of equals the first."""
     if kernels is not Level.AVX512_VNNI:
         pytest.skip("the shortlist is an int8 product")
     torch.manual_seed(4)
@@ -234,6 +232,23 @@ def test_near_equal_tokens_are_all_candidates(kernels: Level) -> None:
     for better, worse in ((17, 4400), (4400, 17)):
         weight[better] = state[0] * 10.001
         weight[worse] = state[0] * 10
-        logits, crowded = NativeShortlistHead(weight.clone())(state)
-        assert not bool(crowded.any())
-        assert int(logits.argmax()) == better
+        found = NativeShortlistHead(weight.clone())(state)
+        assert not bool(found.crowded.any())
+        assert int(found.token_ids[0]) == better
+    weight[17] = weight[4400]
+    assert int(NativeShortlistHead(weight)(state).token_ids[0]) == 17
+
+
+def test_a_list_of_candidates_that_is_full_is_gone_through(kernels: Level, threads: int) -> None:
+    """Logits that rise from token to token, so that each is a candidate until the next comes; and some too many."""
+    if kernels is not Level.AVX512_VNNI:
+        pytest.skip("the shortlist is an int8 product")
+    torch.manual_seed(5)
+    state = torch.randn(2, 64)
+    weight = torch.randn(9000, 64) * 1e-3
+    weight += state[0] * torch.linspace(-2.0, 1.0, 9000)[:, None]
+    found = NativeShortlistHead(weight)(state)
+    assert not bool(found.crowded[0])
+    assert torch.equal(found.token_ids[:1], (state[:1].double() @ weight.double().t()).argmax(1))
+    weight[8000:] = weight[8000]
+    assert bool(NativeShortlistHead(weight)(state).crowded[0]), "a thousand are the best"
