@@ -62,16 +62,19 @@ def make_linear(
 
     `weights` other than "plain" are for a float32 model on a CPU. `few_rows` marks a layer of the decode step,
     `delicate` one (T5's `wo`) whose activations overflow float16 and are too uneven for int8; float16 *weights* with
-    float32 arithmetic, and int16 with its scale for 32 activations, do it no harm. int16 is float16 where our own
-    kernels do not take the layer.
+    float32 arithmetic, and int16 with its scale for 32 activations, do it no harm. int16 is float16 for a
+    layer whose weights or width it does not suit, and without our own kernels.
     """
     if dtype is torch.float16 and delicate:
         return Float32Linear(weight.to(device))
     weight = weight.to(device=device, dtype=dtype).contiguous()
     kind = native_kind(weights, delicate=delicate)
     # With AVX2 alone, torch's kernels for many rows are as good.
-    if native and (few_rows or level() > Level.AVX2) and NativeLinear.fits(weight, kind):
-        return NativeLinear(weight, kind)
+    if native and (few_rows or level() > Level.AVX2):
+        if kind is Kind.INT16 and not NativeLinear.fits(weight, kind):
+            kind = Kind.FLOAT16
+        if NativeLinear.fits(weight, kind):
+            return NativeLinear(weight, kind)
     if weights == "int8":
         make = delicate_int8_linear if delicate else int8_linear
         linear = make(weight, few_rows=few_rows)

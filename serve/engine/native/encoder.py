@@ -105,7 +105,8 @@ class NativeEncoder:
             y, y + part, y + 2 * part, x, y_step, config.num_heads, config.d_kv, len(lengths), longest, 0,
             address(sizes), address(line), attention, room,
         )  # fmt: skip
-        places = (CachedTable * len(rows))(*map(self._place, rows, lengths))
+        known = zip(rows, lengths, strict=True) if rows else ()
+        places = (CachedTable * len(rows))(*(self._place(row, length) for row, length in known))
         ids = token_ids.contiguous()
         library.flan_encode(
             level(), threads, ctypes.byref(self._table), ids.data_ptr(), ctypes.byref(texts),

@@ -23,17 +23,19 @@ static const Kernels *kernels_of(int64_t level) {
 
 #include <omp.h>
 
-/* Every thread of a team calls the kernel. */
+/* Every thread of a team calls the kernel. They meet at the end, too: see `meet`. */
 #define PARALLEL(call)                                                                                                \
     const Kernels *kernels = kernels_of(level);                                                                       \
+    Meeting meeting = {0};                                                                                            \
     if (threads == 1) {                                                                                               \
-        const Team team = {0, 1};                                                                                     \
+        const Team team = {0, 1, &meeting};                                                                           \
         kernels->call;                                                                                                \
         return;                                                                                                       \
     }                                                                                                                 \
     _Pragma("omp parallel num_threads((int)threads)") {                                                               \
-        const Team team = {omp_get_thread_num(), omp_get_num_threads()};                                              \
+        const Team team = {omp_get_thread_num(), omp_get_num_threads(), &meeting};                                    \
         kernels->call;                                                                                                \
+        meet(team);                                                                                                   \
     }
 
 /* One decoder position of each of `batch` sequences: out [batch, d_model] are the normalized states. */

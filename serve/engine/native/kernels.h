@@ -2,7 +2,7 @@
  * avx512_vnni.c include this after their lanes. What each product and each attention computes for a row does not depend
  * on the other rows of the batch, nor on the number of threads, bit for bit: every sum is taken in one order. */
 
-#define BARRIER _Pragma("omp barrier")
+#define BARRIER meet(team);
 
 static inline vf NAME(exponential)(vf x) {
     /* NaN stays NaN: v_min and v_max return their second argument then. */
@@ -820,10 +820,15 @@ static void NAME(encode)(const Encoder *encoder, const int64_t *tokens, const Te
     for (int64_t row = low; row < high; row++)
         NAME(normalize)(s->h + row * s->h_step, encoder->final_norm, epsilon, width, states + row * width);
     if (rows == NULL) return;
-    NAME(quantize_share)(encoder->cross, states, width, count, &s->quantized, team); /* of one kind in all layers */
     BARRIER
-    for (int64_t layer = 0; layer < encoder->decoder_layers; layer++) {
-        NAME(units)(encoder->cross + layer, states, width, &s->quantized, count, team, 0, s->y, step);
+    for (int64_t layer = 0, made = FLOAT32; layer < encoder->decoder_layers; layer++) {
+        const Linear *cross = encoder->cross + layer;
+        if (cross->kind >= INT16 && cross->kind != made) { /* mostly once: they are of one kind */
+            NAME(quantize_share)(cross, states, width, count, &s->quantized, team);
+            BARRIER
+            made = cross->kind;
+        }
+        NAME(units)(cross, states, width, &s->quantized, count, team, 0, s->y, step);
         BARRIER
         NAME(keep_rows)(encoder, layer, s->y, step, texts, rows, team);
         BARRIER

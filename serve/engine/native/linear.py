@@ -13,6 +13,7 @@ from serve.engine.native.library import Kind, Level, LinearTable, QuantizedTable
 BLOCK = 64  # outputs that lie together
 _WIDTHS = 16  # inputs come in multiples of this
 _GROUP, _INT16_MOST = 32, 8191  # as in types.h
+_INT16_ROUNDING = 4e-4  # of a layer, relative, at most; float16's is 2e-4
 _ROWS = 2048  # more go in pieces: the room for quantized rows
 
 
@@ -54,11 +55,22 @@ class NativeLinear:
 
     @staticmethod
     def fits(weight: Tensor, kind: Kind) -> bool:
-        """Whether there are kernels for such a layer, and float16 for its numbers."""
+        """Whether there are kernels for such a layer, and the kind for its numbers.
+
+        float16 has a range. int16 has a scale an output, so it is for outputs without weights that dwarf the others:
+        where its rounding is at most about twice float16's.
+        """
         needed = Level.AVX512_VNNI if kind >= Kind.INT16 else Level.AVX2
-        in_range = kind is not Kind.FLOAT16 or bool(weight.abs().max() <= torch.finfo(torch.float16).max)
-        whole = weight.shape[1] % (_GROUP if kind is Kind.INT16 else _WIDTHS) == 0
-        return level() >= needed and whole and in_range
+        width = weight.shape[1]
+        if level() < needed or width % (_GROUP if kind is Kind.INT16 else _WIDTHS) != 0:
+            return False
+        if kind is Kind.FLOAT16:
+            return bool(weight.abs().max() <= torch.finfo(torch.float16).max)
+        if kind is Kind.INT16:
+            steps = weight.float().abs().amax(1) / _INT16_MOST
+            rounding = steps.square().sum() * width / 12  # evenly spread within a step
+            return bool(rounding <= _INT16_ROUNDING**2 * weight.float().square().sum())
+        return True
 
     def __call__(self, x: Tensor) -> Tensor:
         rows = x.shape[0]

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <math.h>
+#include <sched.h>
 #include <stddef.h>
 #include <stdint.h>
 #include <string.h>
@@ -18,7 +19,14 @@
 #define UNEVEN 128          /* times the mean magnitude: a group's largest, beyond which its neighbours lose bits */
 #define INT16_MOST 8191     /* magnitude of its numbers: GROUP products of two of them are within 32 bits */
 #define FEED_ROWS 256       /* tokens whose feed-forward is computed together, within the cache */
+#define MANY_LOOKS 1000     /* for a thread that others wait for */
 #define HEAD_COST 16        /* of one head's attention besides its positions, in positions: for fair shares */
+
+#if defined(__x86_64__)
+#define PAUSE() __builtin_ia32_pause()
+#else
+#define PAUSE() ((void)0)
+#endif
 
 enum { FLOAT32, FLOAT16, INT16, INT8, INT8_FINE }; /* from INT16 on activations are quantized, too */
 enum { RELU, GELU_TANH, SILU };
@@ -71,10 +79,35 @@ typedef struct {
     Cached self, cross;
 } Row;
 
+/* Where the threads of a team wait for each other; zeros at the beginning. */
+typedef struct {
+    int32_t arrived;
+    char apart[60]; /* in another cache line than what the waiting look at */
+    int32_t round;
+} Meeting;
+
 /* One of the threads that work on a job together. */
 typedef struct {
     int64_t thread, threads;
+    Meeting *meeting;
 } Team;
+
+/* Go on when all of the team are here. Mostly they are in a microsecond, so this looks again and again; but after some
+ * tens of them it offers the processor to others. It may be the processor that a missing thread needs: OpenMP's own
+ * barrier waits a thousand times as long, and beside another busy process a step took several times its time. */
+static inline void meet(Team team) {
+    if (team.threads == 1) return;
+    Meeting *here = team.meeting;
+    const int32_t round = __atomic_load_n(&here->round, __ATOMIC_RELAXED);
+    if (__atomic_add_fetch(&here->arrived, 1, __ATOMIC_ACQ_REL) == team.threads) {
+        __atomic_store_n(&here->arrived, 0, __ATOMIC_RELAXED);
+        __atomic_store_n(&here->round, round + 1, __ATOMIC_RELEASE);
+        return;
+    }
+    for (int64_t looks = 0; __atomic_load_n(&here->round, __ATOMIC_ACQUIRE) == round; looks++)
+        if (looks < MANY_LOOKS) PAUSE();
+        else sched_yield();
+}
 
 /* Rows of activations as integers. A row has `step` bytes of them, in the first half its levels, int16 or uint8, in the
  * second what these leave over. Its scales are `scales_step`: int16 has one a group, of the levels in the first half

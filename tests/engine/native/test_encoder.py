@@ -13,7 +13,9 @@ from serve.engine.layers import WeightFormat
 from serve.engine.loading import load_model
 from serve.engine.model import T5Model
 from serve.engine.native.encoder import NativeEncoder
-from serve.engine.native.library import Level, level, limited
+from serve.engine.native.library import Kind, Level, level, limited
+from serve.engine.native.linear import NativeLinear
+from serve.engine.weights import load_checkpoint
 from tests.engine.checkpoints import make_t5_checkpoint
 from tests.engine.test_model import random_prompts
 
@@ -117,6 +119,24 @@ def test_keys_beyond_float16_become_its_largest_number(small_folder: Path) -> No
     assert float(rows[0].abs().max()) == torch.finfo(torch.float16).max
 
 
+def test_layers_of_several_kinds_stand_beside_each_other(small_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As they do where some layers' weights do not suit int16: here the first layer's keys and values."""
+    if level() is not Level.AVX512_VNNI:
+        pytest.skip("integer layers are for VNNI")
+    checkpoint = load_checkpoint(small_folder)
+    monkeypatch.setattr("serve.engine.native.linear._INT16_ROUNDING", 1.8e-4)  # 64 numbers cannot be very uneven
+    for name in ("k", "v"):
+        checkpoint.tensors[f"decoder.block.0.layer.1.EncDecAttention.{name}.weight"][:, 3] *= 1000
+    model = T5Model(checkpoint, device=CPU, dtype=torch.float32, weights="int16")
+    kinds = [layer.cross.kv.kind for layer in model._decoder if isinstance(layer.cross.kv, NativeLinear)]
+    assert kinds == [Kind.FLOAT16, Kind.INT16]
+    (prompt,) = random_prompts((40,), 380)
+    rows = rows_for(model, (40,))
+    states = encoder_of(model)(torch.tensor(prompt), [40], rows)
+    for layer, keys_values in enumerate(model.cross_keys_values(states)):
+        assert torch.equal(rows[0][layer], keys_values.permute(1, 2, 0, 3).to(model.cache_dtype))
+
+
 def test_rows_that_the_kernel_would_misread_are_refused(small_folder: Path) -> None:
     model = load_model(small_folder, device=CPU, dtype=torch.float32)
     (prompt,) = random_prompts((20,), 380)
@@ -124,3 +144,5 @@ def test_rows_that_the_kernel_would_misread_are_refused(small_folder: Path) -> N
     for bad in (good.double(), good[:, :, :, :19], good.transpose(3, 4).contiguous().transpose(3, 4)):
         with pytest.raises(ValueError, match="a row of"):
             encoder_of(model)(torch.tensor(prompt), [20], [bad])
+    with pytest.raises(ValueError, match="longer"):
+        encoder_of(model)(torch.tensor(prompt), [12, 8], rows_for(model, (12,)))

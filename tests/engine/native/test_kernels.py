@@ -11,7 +11,7 @@ import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
 from serve.engine.attention import RaggedAttention
-from serve.engine.layers import RelativeBias
+from serve.engine.layers import RelativeBias, make_linear
 from serve.engine.native import elementwise
 from serve.engine.native.attention import NativeRaggedAttention
 from serve.engine.native.head import NativeShortlistHead
@@ -53,9 +53,7 @@ def test_products(kernels: Level, threads: int, outputs: int, inputs: int) -> No
     torch.manual_seed(0)
     weight = torch.randn(outputs, inputs)
     for kind in kinds(kernels):
-        if not NativeLinear.fits(weight, kind):
-            assert kind is Kind.INT16, "whose scales are of 32 activations each"
-            assert inputs % 32 != 0
+        if kind is Kind.INT16 and inputs % 32 != 0:
             continue
         linear = NativeLinear(weight, kind)
         stored = weight.half().double() if kind is Kind.FLOAT16 else weight.double()
@@ -146,6 +144,22 @@ def test_a_layer_that_the_kernels_do_not_take(kernels: Level) -> None:
     assert NativeLinear.fits(torch.ones(8, 16), Kind.INT8) is (kernels is Level.AVX512_VNNI)
     assert NativeLinear.fits(torch.ones(8, 32), Kind.INT16) is (kernels is Level.AVX512_VNNI)
     assert not NativeLinear.fits(torch.ones(8, 48), Kind.INT16)
+
+
+def test_int16_is_not_for_outputs_with_a_weight_that_dwarfs_the_others(kernels: Level) -> None:
+    """It has one scale for all of them; such a layer, as one of an odd width, is float16 among the others."""
+    torch.manual_seed(6)
+    weight = torch.randn(64, 512)
+    uneven = weight.clone()
+    uneven[:, 3] = 100.0
+    here = kernels is Level.AVX512_VNNI
+    assert NativeLinear.fits(weight, Kind.INT16) is here
+    assert not NativeLinear.fits(uneven, Kind.INT16)
+    assert NativeLinear.fits(torch.zeros(64, 512), Kind.INT16) is here
+    for some, kind in ((weight, Kind.INT16 if here else Kind.FLOAT16), (uneven, Kind.FLOAT16)):
+        layer = make_linear(some, device=CPU, dtype=torch.float32, weights="int16", few_rows=True, native=True)
+        assert isinstance(layer, NativeLinear)
+        assert layer.kind is kind
 
 
 @pytest.mark.parametrize("rows", [1, 5, 700])
