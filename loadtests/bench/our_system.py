@@ -22,7 +22,7 @@ from serve.engine.step_output import StepOutput
 from serve.sampling_params import SamplingParams
 
 NAME = "ours"
-ENCODE_TOKENS_PER_STEP = EngineSettings().encode_tokens_per_step  # the server's default too
+ENCODE_TOKENS_PER_STEP = EngineSettings().encode_tokens_per_step  # the server's default keeps pauses shorter
 _CACHE_SHARE, _MAX_CACHE_BYTES, _CUDA_CACHE_SHARE = 0.25, 4 << 30, 0.8  # the torch runtime's
 _ENCODER_CACHE_SHARE = 8  # one part in so many is for prompts that are not in use
 

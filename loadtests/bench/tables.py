@@ -105,7 +105,7 @@ def _bounds(record: Record) -> list[str]:
     lines = [
         "## What bounds it",
         "",
-        f"The best rates of this processor, measured after the rounds: matrix products {said} (int8: integer "
+        f"The best rates of this processor, measured after the rounds: matrix products {said} (int16, int8: integer "
         f"operations), memory {rates['memory']:,.0f} GB/s. The bound of a case is what its products, and the bytes of "
         "weights and cache that each step must read, take at these rates; nothing else is counted. A peer above 1.00 "
         "is faster than products of that mode can be on this processor, whoever makes them.",
