@@ -19,6 +19,8 @@ import httpx
 import pytest
 
 from protos.flan.v1 import generation_pb2, generation_pb2_grpc
+from serve.engine.native import build
+from serve.engine.native.library import level
 from tests.deploy import manifests
 from tests.deploy.containers import TOOLS, Podman, pod_arguments, running, wait_for_probe
 from tests.deploy.manifests import ROOT
@@ -28,6 +30,10 @@ pytestmark = [pytest.mark.container, pytest.mark.timeout(1200)]
 # Loopback and free ports: tests do not listen where others may call.
 PORTS = {"FLAN_SERVE_HOST": "127.0.0.1", "FLAN_SERVE_PORT": "0", "FLAN_SERVE_GRPC_PORT": "0"}
 DRAIN_MARGIN_SECONDS = 2.0
+
+
+STORY_TOKENS = 6000  # seconds of them: podman takes its time to stop a container
+LONG = {"FLAN_SERVE_MAX_OUTPUT_TOKENS": str(STORY_TOKENS)}
 
 
 @pytest.fixture(scope="module")
@@ -60,6 +66,7 @@ def test_what_is_in_the_image(podman: Podman, image: str) -> None:
     """The wheel has its data files, serving's packages are there, and nothing of the sources' folder is."""
     program = """
 import hashlib, importlib.metadata, importlib.resources, json, os
+from serve.engine.native.library import level
 names = {d.name.lower() for d in importlib.metadata.distributions()}
 root = importlib.resources.files("serve")
 print(json.dumps({
@@ -73,6 +80,7 @@ print(json.dumps({
         str(path.relative_to(root.parent)): hashlib.sha256(path.read_bytes()).hexdigest()
         for name in ("serve", "protos") for path in (root.parent / name).rglob("*.py")
     },
+    "kernels": level().name,
     "uid": os.getuid(),
 }))
 """
@@ -94,13 +102,19 @@ print(json.dumps({
         for name in ("serve", "protos")
         for path in (ROOT / name).rglob("*.py")
     }, "the image was built from other sources, perhaps from a cache"
+    assert found["kernels"] == _level_here(), "compiled when the wheel was built, for every processor"
     assert found["uid"] == 10001
+
+
+def _level_here() -> str:
+    assert build.library_path().is_file(), "run `make venv`, which compiles them"
+    return level().name
 
 
 def test_it_serves_and_drains_as_a_pod(podman: Podman, image: str) -> None:
     """Hardened as the manifest says; both protocols answer; SIGTERM in mid-stream loses nothing."""
     container = manifests.server("overlays/demo")
-    with running(podman, image, *pod_arguments("overlays/demo", PORTS)) as server:
+    with running(podman, image, *pod_arguments("overlays/demo", PORTS | LONG)) as server:
         wait_for_probe(server.rest, container["startupProbe"])
         wait_for_probe(server.rest, container["livenessProbe"])
         answer = httpx.post(f"{server.rest}/v1/generate", json={"instruction": "What is 2 + 3?"}, timeout=30)
@@ -116,7 +130,7 @@ def test_it_serves_and_drains_as_a_pod(podman: Podman, image: str) -> None:
 
 def _drain(podman: Podman, rest: str, name: str, process: subprocess.Popen[str]) -> None:
     grace = float(manifests.settings("overlays/demo")["FLAN_SERVE_SHUTDOWN_GRACE_SECONDS"])
-    body = {"instruction": "Tell a long story.", "max_tokens": 400, "ignore_eos": True, "stream": True}
+    body = {"instruction": "Tell a long story.", "max_tokens": STORY_TOKENS, "ignore_eos": True, "stream": True}
     with httpx.stream("POST", f"{rest}/v1/generate", json=body, timeout=60) as stream:
         lines: Iterator[str] = stream.iter_lines()
         first = next(line for line in lines if line.startswith("data:"))
@@ -136,7 +150,7 @@ def _drain(podman: Podman, rest: str, name: str, process: subprocess.Popen[str])
     assert process.wait(timeout=10) == 0
     assert time.monotonic() - asked <= grace + DRAIN_MARGIN_SECONDS
     assert frames[-1] == "data: [DONE]", "the running stream was cut"
-    assert json.loads(frames[-2][5:])["usage"]["completion_tokens"] == 400
+    assert json.loads(frames[-2][5:])["usage"]["completion_tokens"] == STORY_TOKENS
     assert statuses == {503}, "readiness did not turn while draining"
 
 
