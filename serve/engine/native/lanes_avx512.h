@@ -26,41 +26,25 @@ static inline float v_sum(vf a) { return _mm512_reduce_add_ps(a); }
 static inline float v_largest(vf a) { return _mm512_reduce_max_ps(a); }
 /* a * 2^n for whole n. */
 static inline vf v_scale(vf a, vf n) { return _mm512_scalef_ps(a, n); }
-/* Lane i is the sum of the lanes of a[i]. */
-static inline __attribute__((always_inline)) vf v_sums(const vf a[LANES]) {
-    vf pairs[8], fours[4], eights[2];
-#pragma GCC unroll 8
-    for (int i = 0; i < 8; i++)
-        pairs[i] = v_add(_mm512_unpacklo_ps(a[2 * i], a[2 * i + 1]), _mm512_unpackhi_ps(a[2 * i], a[2 * i + 1]));
-#pragma GCC unroll 4
-    for (int i = 0; i < 4; i++) {
-        const __m512d x = _mm512_castps_pd(pairs[2 * i]), y = _mm512_castps_pd(pairs[2 * i + 1]);
-        fours[i] = v_add(_mm512_castpd_ps(_mm512_unpacklo_pd(x, y)), _mm512_castpd_ps(_mm512_unpackhi_pd(x, y)));
+/* Lane i is what `op` makes of the lanes of a[i], in halves. */
+#define ACROSS(name, op)                                                                                              \
+    static inline __attribute__((always_inline)) vf name(const vf a[LANES]) {                                         \
+        vf pairs[8], fours[4], eights[2];                                                                             \
+        _Pragma("GCC unroll 8") for (int i = 0; i < 8; i++) pairs[i] =                                                \
+            op(_mm512_unpacklo_ps(a[2 * i], a[2 * i + 1]), _mm512_unpackhi_ps(a[2 * i], a[2 * i + 1]));               \
+        _Pragma("GCC unroll 4") for (int i = 0; i < 4; i++) {                                                         \
+            const __m512d x = _mm512_castps_pd(pairs[2 * i]), y = _mm512_castps_pd(pairs[2 * i + 1]);                 \
+            fours[i] = op(_mm512_castpd_ps(_mm512_unpacklo_pd(x, y)), _mm512_castpd_ps(_mm512_unpackhi_pd(x, y)));    \
+        }                                                                                                             \
+        _Pragma("GCC unroll 2") for (int i = 0; i < 2; i++) eights[i] =                                               \
+            op(_mm512_shuffle_f32x4(fours[2 * i], fours[2 * i + 1], 0x88),                                            \
+               _mm512_shuffle_f32x4(fours[2 * i], fours[2 * i + 1], 0xdd));                                           \
+        return op(_mm512_shuffle_f32x4(eights[0], eights[1], 0x88), _mm512_shuffle_f32x4(eights[0], eights[1], 0xdd)); \
     }
-#pragma GCC unroll 2
-    for (int i = 0; i < 2; i++)
-        eights[i] = v_add(_mm512_shuffle_f32x4(fours[2 * i], fours[2 * i + 1], 0x88),
-                          _mm512_shuffle_f32x4(fours[2 * i], fours[2 * i + 1], 0xdd));
-    return v_add(_mm512_shuffle_f32x4(eights[0], eights[1], 0x88), _mm512_shuffle_f32x4(eights[0], eights[1], 0xdd));
-}
+ACROSS(v_sums, v_add)
+ACROSS(v_maxima, v_max)
+#undef ACROSS
 /* The first `count` lanes of a, else b. */
 static inline vf v_first(int64_t count, vf a, vf b) {
     return _mm512_mask_blend_ps((__mmask16)((1u << count) - 1), b, a);
-}
-/* Lane i is the largest lane of a[i]. */
-static inline __attribute__((always_inline)) vf v_maxima(const vf a[LANES]) {
-    vf pairs[8], fours[4], eights[2];
-#pragma GCC unroll 8
-    for (int i = 0; i < 8; i++)
-        pairs[i] = v_max(_mm512_unpacklo_ps(a[2 * i], a[2 * i + 1]), _mm512_unpackhi_ps(a[2 * i], a[2 * i + 1]));
-#pragma GCC unroll 4
-    for (int i = 0; i < 4; i++) {
-        const __m512d x = _mm512_castps_pd(pairs[2 * i]), y = _mm512_castps_pd(pairs[2 * i + 1]);
-        fours[i] = v_max(_mm512_castpd_ps(_mm512_unpacklo_pd(x, y)), _mm512_castpd_ps(_mm512_unpackhi_pd(x, y)));
-    }
-#pragma GCC unroll 2
-    for (int i = 0; i < 2; i++)
-        eights[i] = v_max(_mm512_shuffle_f32x4(fours[2 * i], fours[2 * i + 1], 0x88),
-                          _mm512_shuffle_f32x4(fours[2 * i], fours[2 * i + 1], 0xdd));
-    return v_max(_mm512_shuffle_f32x4(eights[0], eights[1], 0x88), _mm512_shuffle_f32x4(eights[0], eights[1], 0xdd));
 }
