@@ -16,7 +16,7 @@ from torch import Tensor
 from serve.engine.cache import MIN_CAPACITY
 from serve.engine.config import ModelConfig
 from serve.engine.native.library import ACTIVATIONS, LayerTable, Level, ModelTable, ScratchTable, address, level, loaded
-from serve.engine.native.linear import BLOCK, NativeLinear, room_for_quantized
+from serve.engine.native.linear import BLOCK, NativeLinear, room_for_quantized, whole_blocks
 from serve.engine.sequence import Sequence
 from serve.engine.slabs import CacheTensors
 
@@ -147,9 +147,9 @@ class NativeDecoder:
         config = self._config
         rows, longest = max(rows, self._fits[0]), max(longest, self._fits[1], _LEAST_SCORES)
         threads = max(threads, self._fits[2])
-        h_step, x_step = _whole(config.d_model), _whole(max(config.d_model, config.inner))
-        y_step = max(_whole(3 * config.inner), _whole(config.d_ff) * (2 if config.gated else 1))
-        scores_step = _whole(longest)
+        h_step, x_step = whole_blocks(config.d_model), whole_blocks(max(config.d_model, config.inner))
+        y_step = max(whole_blocks(3 * config.inner), whole_blocks(config.d_ff) * (2 if config.gated else 1))
+        scores_step = whole_blocks(longest)
         floats = torch.zeros(rows * (h_step + x_step + y_step) + threads * scores_step)
         start = address(floats)
         x = start + 4 * rows * h_step
@@ -159,7 +159,3 @@ class NativeDecoder:
         self._scratch = ScratchTable(start, x, y, scores, h_step, x_step, y_step, scores_step, 0, 0, table)
         self._room = (floats, room)
         self._fits = (rows, longest, threads)
-
-
-def _whole(width: int) -> int:
-    return -(-width // BLOCK) * BLOCK

@@ -23,7 +23,7 @@ from serve.engine.native.library import (
     level,
     loaded,
 )
-from serve.engine.native.linear import BLOCK, NativeLinear, room_for_quantized
+from serve.engine.native.linear import NativeLinear, room_for_quantized, whole_blocks
 
 _FEED_ROWS = 256  # as in types.h
 _KEPT_BYTES = 64 << 20  # of room for the next call
@@ -93,9 +93,9 @@ class NativeEncoder:
         sizes = torch.tensor(list(lengths), dtype=torch.int64)
         line = self._bias.line(longest).contiguous()
         room = library.flan_attention_room(longest, config.d_kv)
-        h_step, x_step = _whole(config.d_model), max(_whole(config.d_model), config.inner)
-        y_step = _whole(3 * config.inner)
-        inside = _whole(config.d_ff) * (2 if config.gated else 1)
+        h_step, x_step = whole_blocks(config.d_model), max(whole_blocks(config.d_model), config.inner)
+        y_step = whole_blocks(3 * config.inner)
+        inside = whole_blocks(config.d_ff) * (2 if config.gated else 1)
         parts = (tokens * h_step, tokens * x_step, max(tokens * y_step, min(tokens, _FEED_ROWS) * inside))
         table, quantized = room_for_quantized(tokens, max(config.d_model, config.inner, config.d_ff))
         h, x, y, attention = self._make_room(*parts, threads * room)
@@ -132,7 +132,3 @@ class NativeEncoder:
         if row.shape != shape or row.dtype is not self._cache_dtype or (position, last) != (self._config.d_kv, 1):
             raise ValueError(f"a row of {shape} {self._cache_dtype} with dense heads is needed, not {tuple(row.shape)}")
         return CachedTable(row.data_ptr(), layer, kind, head, length)
-
-
-def _whole(width: int) -> int:
-    return -(-width // BLOCK) * BLOCK

@@ -93,3 +93,8 @@ def room_for_quantized(rows: int, width: int) -> tuple[QuantizedTable, Tensor]:
     room = torch.empty(rows * (step + 4 * scales_step), dtype=torch.uint8)
     start = address(room)
     return QuantizedTable(start, step, start + rows * step, scales_step), room
+
+
+def whole_blocks(width: int) -> int:
+    """`width`, or the outputs that the kernels write instead of so many."""
+    return -(-width // BLOCK) * BLOCK
