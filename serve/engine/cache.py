@@ -1,7 +1,7 @@
 """Who has which row of the cache: arithmetic only. The tensors, and the copying, are in slabs.py.
 
 Each of the two pools (self, cross) keeps its rows by capacity, in tokens: 16, 32, 64, ... A row of a capacity is
-always below the number of rows in use there: whoever leaves, the last row moves into the hole. So a decode step sees
+always below the number of rows in use there: whoever leaves, the last row moves into the hole. So a decode step can see
 each capacity as one dense block, and a sequence that outgrows its row moves to the next capacity (one copy a
 doubling). Rows are given for what a sequence holds now, never for what it may still produce.
 
@@ -42,7 +42,10 @@ H = TypeVar("H", bound=Holder)
 
 @dataclass(frozen=True, slots=True)
 class CopyRow:
-    """Copy all that fits of one row to another, in the same pool; capacities may differ (a row that grows)."""
+    """Copy all that fits of one row to another, in the same pool; capacities may differ (a row that grows).
+
+    Whoever was at the source leaves it.
+    """
 
     pool: str
     source: tuple[int, int]  # (capacity, row)

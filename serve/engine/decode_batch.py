@@ -14,7 +14,7 @@ from torch import Tensor
 from serve.engine.cached_attention import CachedAttention, cached_attention
 from serve.engine.layers import RelativeBias
 from serve.engine.sequence import Prompt, Sequence
-from serve.engine.slabs import CacheTensors
+from serve.engine.slabs import CacheTensors, Slabs
 
 _SHARED_WIDTH = 4  # prompts with more sequences than this get a call of their own, not padding for all the others
 
@@ -68,7 +68,7 @@ class DecodeBatch:
         self,
         sequences: SequenceOf[Sequence],
         prompts: SequenceOf[Prompt],
-        cache: CacheTensors,
+        cache: CacheTensors[Slabs],
         bias: RelativeBias,
         *,
         start_token_id: int,
@@ -94,7 +94,7 @@ class DecodeBatch:
         return out if self._merge is None else out[self._merge]
 
     def _make_self_groups(
-        self, sequences: SequenceOf[Sequence], cache: CacheTensors, bias: RelativeBias
+        self, sequences: SequenceOf[Sequence], cache: CacheTensors[Slabs], bias: RelativeBias
     ) -> Iterator[_SelfGroup]:
         start = 0
         for capacity, members in groupby(sequences, key=_capacity):
@@ -102,7 +102,7 @@ class DecodeBatch:
             length = max(places) + 1
             positions = torch.tensor(places, device=self._device)
             distances = torch.arange(length, device=self._device)[None, :] - positions[:, None]
-            slab = cache.self_slabs.by_kind(capacity)
+            slab = cache.self_rows.by_kind(capacity)
             kinds, rows, heads = slab.shape[1:4]
             offsets = torch.arange(kinds * rows * heads, device=self._device) * capacity
             offsets = offsets.view(kinds, rows, heads).transpose(0, 1)
@@ -117,7 +117,7 @@ class DecodeBatch:
             start += len(places)
 
     def _make_cross_groups(
-        self, sequences: SequenceOf[Sequence], prompts: SequenceOf[Prompt], cache: CacheTensors
+        self, sequences: SequenceOf[Sequence], prompts: SequenceOf[Prompt], cache: CacheTensors[Slabs]
     ) -> Tensor | None:
         """Fill the cross groups; returns where each batch row's result is among theirs, None when in order."""
         users: dict[int, list[int]] = {id(prompt): [] for prompt in prompts}
@@ -140,7 +140,7 @@ class DecodeBatch:
                     for offset, row in enumerate(shown):
                         places[row] = filled + len(gather) + offset
                     gather += shown + [0] * (width - len(shown))
-                slab = cache.cross_slabs.by_kind(capacity)[:, :, part.start : part.stop]
+                slab = cache.cross_rows.by_kind(capacity)[:, :, part.start : part.stop]
                 self._cross_groups.append(self._cross_group(slab, members[part], width, gather, len(sequences)))
                 filled += len(gather)
         return None if places == list(range(filled)) else torch.tensor(places, device=self._device)

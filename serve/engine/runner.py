@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from collections.abc import Sequence as SequenceOf
 from contextlib import nullcontext
+from functools import partial
 from typing import Protocol, TypeVar
 
 import torch
@@ -11,6 +13,8 @@ from torch import Tensor
 
 from serve.engine.decode_batch import DecodeBatch
 from serve.engine.model import T5Model
+from serve.engine.native.decoder import NativeDecoder
+from serve.engine.row_tensors import RowTensors, SpareRows
 from serve.engine.sampler import BestTokens, Sampled, sample, wants_best_only
 from serve.engine.scheduler import ScoreChunk, StepPlan
 from serve.engine.scoring import score_candidates
@@ -57,21 +61,18 @@ class ModelRunner:
         self._model = model
         on_cpu = model.device.type == "cpu"
         self._threads = ThreadChoice.of(model, worth_seconds=thread_worth_seconds) if on_cpu else None
-        limit = SlabLimit(cache_bytes)
-        self.cache = CacheTensors(
-            *(
-                Slabs(
-                    config.num_decoder_layers,
-                    config.num_heads,
-                    config.d_kv,
-                    device=model.device,
-                    dtype=model.cache_dtype,
-                    limit=limit,
-                    zeroed=model.native_decoder is None,
-                )
-                for _ in ("self", "cross")
-            )
-        )
+        self.cache: CacheTensors[RowTensors] | CacheTensors[Slabs]
+        self._states: Callable[[StepPlan], Tensor]  # one decoder position of all that decode: [sequences, d_model]
+        shape, dtype = (config.num_decoder_layers, config.num_heads, config.d_kv), model.cache_dtype
+        if model.native_decoder is not None:
+            spare = SpareRows(*shape, dtype=dtype, max_bytes=cache_bytes)
+            rows = CacheTensors(RowTensors(spare), RowTensors(spare))
+            self.cache, self._states = rows, partial(_native_states, model.native_decoder, rows)
+        else:
+            limit = SlabLimit(cache_bytes)
+            own, cross = (Slabs(*shape, device=model.device, dtype=dtype, limit=limit) for _ in ("self", "cross"))
+            slabs = CacheTensors(own, cross)
+            self.cache, self._states = slabs, partial(_states, model, slabs)
 
     def prepare(self, plan: StepPlan) -> None:
         self_rows, cross_rows = rows_in_use(plan.decode), rows_in_use(plan.prompts)
@@ -109,21 +110,6 @@ class ModelRunner:
             best = self._model.best_tokens(states) if all(best_only) else None
             return self._model.logits(states, best_only) if best is None else best
 
-    def _states(self, plan: StepPlan) -> Tensor:
-        """One decoder position of all `plan.decode`: [sequences, d_model]."""
-        model = self._model
-        if model.native_decoder is not None:
-            return model.native_decoder.step(plan.decode, self.cache)
-        batch = DecodeBatch(
-            plan.decode,
-            plan.prompts,
-            self.cache,
-            model.decoder_bias,
-            start_token_id=model.config.decoder_start_token_id,
-            device=model.device,
-        )
-        return model.decode(batch.input_ids, batch)
-
     def sample(self, logits: Tensor | BestTokens, plan: StepPlan) -> Sampled:
         return sample(logits, plan.decode, eos_token_id=self._model.config.eos_token_id)
 
@@ -131,11 +117,27 @@ class ModelRunner:
         """View of a prompt's keys and values: [layers, 2, heads, prompt length, d_kv]."""
         if prompt.slot is None:
             raise ValueError("only a prompt with a row can be used")
-        row = self.cache.cross_slabs.row(prompt.slot.capacity, prompt.slot.row)
+        row = self.cache.cross_rows.row(prompt.slot.capacity, prompt.slot.row)
         return row[..., : len(prompt.token_ids), :]
 
     def _ids(self, token_ids: list[int]) -> Tensor:
         return torch.tensor(token_ids, device=self._model.device)
+
+
+def _native_states(decoder: NativeDecoder, cache: CacheTensors[RowTensors], plan: StepPlan) -> Tensor:
+    return decoder.step(plan.decode, cache)
+
+
+def _states(model: T5Model, cache: CacheTensors[Slabs], plan: StepPlan) -> Tensor:
+    batch = DecodeBatch(
+        plan.decode,
+        plan.prompts,
+        cache,
+        model.decoder_bias,
+        start_token_id=model.config.decoder_start_token_id,
+        device=model.device,
+    )
+    return model.decode(batch.input_ids, batch)
 
 
 def rows_in_use(holders: SequenceOf[Prompt] | SequenceOf[object]) -> dict[int, int]:

@@ -1,14 +1,45 @@
-"""The cache's tensors: one slab a capacity, rows dense from 0; carries out the operations that cache.py writes down."""
+"""The cache's tensors: one slab a capacity, rows dense from 0; carries out the operations that cache.py writes down.
+
+Where rows need not lie side by side, row_tensors.py has them instead.
+"""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
+from typing import Generic, Protocol, TypeVar
 
 import torch
 from torch import Tensor
 
 from serve.engine.cache import CacheOperation, ClearRow, CopyRow, ForgetSaved, RestoreRow, SaveRow
+
+
+class Rows(Protocol):
+    """One pool's tensors: its rows by capacity, numbered from 0."""
+
+    @property
+    def bytes_per_token(self) -> int: ...
+
+    @property
+    def allocated_bytes(self) -> int: ...
+
+    def row(self, capacity: int, row: int) -> Tensor:
+        """One row [layers, 2 (keys, values), heads, capacity, d_kv], made if it is not there."""
+        ...
+
+    def reserve(self, capacity: int, rows: int) -> None:
+        """Have at least `rows` rows of `capacity`."""
+        ...
+
+    def move(self, capacity: int, source: int, target: int) -> None:
+        """Put the row `source` in the place of `target`, after which anything may be at `source`."""
+        ...
+
+    def settle(self, used_rows: Mapping[int, int]) -> None:
+        """Fit memory to the rows in use (capacity -> rows)."""
+        ...
+
 
 _SHRINK_BELOW = 4  # a slab gives memory back when fewer than 1/4 of its rows are in use
 
@@ -77,16 +108,11 @@ class Slabs:
         device: torch.device,
         dtype: torch.dtype,
         limit: SlabLimit,
-        zeroed: bool = True,
     ) -> None:
-        """`zeroed` False is for attention that reads a row's own positions only. In others a masked position still
-        takes part in the product with its weight of 0, and 0 times garbage may be NaN.
-        """
         self._shape = (layers, heads, d_kv)
         self._device = device
         self._dtype = dtype
         self._limit = limit
-        self._zeroed = zeroed
         limit.slabs.append(self)
         self._slabs: dict[int, Tensor] = {}
         self._memory: dict[int, Tensor] = {}  # what each slab lies in
@@ -121,6 +147,10 @@ class Slabs:
         spare = self._limit.spare_bytes // (capacity * self.bytes_per_token)
         self._resize(capacity, max(rows, present + min(present, max(spare, present // 8))))
 
+    def move(self, capacity: int, source: int, target: int) -> None:
+        self.reserve(capacity, target + 1)
+        self.row(capacity, target).copy_(self.row(capacity, source))
+
     def settle(self, used_rows: Mapping[int, int]) -> None:
         """Fit every slab to the rows in use (capacity -> rows): grow what is too small, shrink what is far too big."""
         for capacity in list(self._slabs):
@@ -143,20 +173,23 @@ class Slabs:
         kept = 0 if old is None else min(rows, old.shape[2])
         if old is not None:
             slab[:, :, :kept] = old[:, :, :kept]
-        if self._zeroed:
-            slab[:, :, kept:] = 0
+        # A masked position takes part in attention's product with its weight of 0, and 0 times garbage may be NaN.
+        slab[:, :, kept:] = 0
         if old is not None:
             self._limit.give(self._memory[capacity])
         self._slabs[capacity], self._memory[capacity] = slab, memory
 
 
-class CacheTensors:
-    """Both pools' slabs, and the keys and values of prompts kept aside."""
+R = TypeVar("R", bound=Rows)
 
-    def __init__(self, self_slabs: Slabs, cross_slabs: Slabs) -> None:
-        self.self_slabs = self_slabs
-        self.cross_slabs = cross_slabs
-        self._pools = {"self": self_slabs, "cross": cross_slabs}
+
+class CacheTensors(Generic[R]):
+    """Both pools' rows, and the keys and values of prompts kept aside."""
+
+    def __init__(self, self_rows: R, cross_rows: R) -> None:
+        self.self_rows = self_rows
+        self.cross_rows = cross_rows
+        self._pools = {"self": self_rows, "cross": cross_rows}
         self._saved: dict[tuple[int, ...], Tensor] = {}  # [layers, 2, heads, length, d_kv]
 
     @property
@@ -165,29 +198,31 @@ class CacheTensors:
 
     def reserve(self, self_rows: Mapping[int, int], cross_rows: Mapping[int, int]) -> None:
         """Make room for rows in use (capacity -> rows) in one go."""
-        for slabs, rows_by_capacity in ((self.self_slabs, self_rows), (self.cross_slabs, cross_rows)):
+        for pool, rows_by_capacity in ((self.self_rows, self_rows), (self.cross_rows, cross_rows)):
             for capacity, rows in rows_by_capacity.items():
-                slabs.reserve(capacity, rows)
+                pool.reserve(capacity, rows)
 
     def apply(self, operations: Iterable[CacheOperation]) -> None:
         """Carry out the operations, in order."""
         for operation in operations:
             match operation:
+                case CopyRow(pool, source, target) if source[0] == target[0]:  # whoever was at the source leaves it
+                    self._pools[pool].move(source[0], source[1], target[1])
                 case CopyRow(pool, source, target):
-                    slabs = self._pools[pool]
+                    rows = self._pools[pool]
                     tokens = min(source[0], target[0])
-                    slabs.reserve(target[0], target[1] + 1)  # before any view: it may replace the slab
-                    slabs.row(*target)[..., :tokens, :] = slabs.row(*source)[..., :tokens, :]
+                    rows.reserve(target[0], target[1] + 1)  # before any view: it may replace the slab
+                    rows.row(*target)[..., :tokens, :] = rows.row(*source)[..., :tokens, :]
                 case ClearRow(pool, capacity, row):
                     self._pools[pool].row(capacity, row).zero_()
                 case SaveRow(key, capacity, row, length):
-                    self._saved[key] = self.cross_slabs.row(capacity, row)[..., :length, :].clone()
+                    self._saved[key] = self.cross_rows.row(capacity, row)[..., :length, :].clone()
                 case RestoreRow(key, capacity, row):
                     saved = self._saved.pop(key)
-                    self.cross_slabs.row(capacity, row)[..., : saved.shape[-2], :] = saved
+                    self.cross_rows.row(capacity, row)[..., : saved.shape[-2], :] = saved
                 case ForgetSaved(key):
                     del self._saved[key]
 
     def settle(self, self_rows: Mapping[int, int], cross_rows: Mapping[int, int]) -> None:
-        self.self_slabs.settle(self_rows)
-        self.cross_slabs.settle(cross_rows)
+        self.self_rows.settle(self_rows)
+        self.cross_rows.settle(cross_rows)

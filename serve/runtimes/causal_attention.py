@@ -24,7 +24,7 @@ import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
 from serve.engine.sequence import Prompt, Sequence
-from serve.engine.slabs import CacheTensors
+from serve.engine.slabs import CacheTensors, Slabs
 
 IMPLEMENTATION = "flan_cached"  # the name transformers knows `attend` by
 _SHARED_WIDTH = 4  # prompts with more sequences than this get a product of their own, not padding for the others
@@ -205,7 +205,7 @@ class DecodeAttention:
         self,
         sequences: SequenceOf[Sequence],
         prompts: SequenceOf[Prompt],
-        cache: CacheTensors,
+        cache: CacheTensors[Slabs],
         device: torch.device,
     ) -> None:
         """`sequences` and `prompts` are in the order of their pools: by capacity, then row."""
@@ -251,7 +251,7 @@ class DecodeAttention:
             self._masks[window] = torch.cat((blocked_before, blocked_own), dim=1)[:, None, None, :]
         return self._masks[window]
 
-    def _own_parts(self, sequences: SequenceOf[Sequence], cache: CacheTensors) -> Iterator[_OwnPart]:
+    def _own_parts(self, sequences: SequenceOf[Sequence], cache: CacheTensors[Slabs]) -> Iterator[_OwnPart]:
         start = 0
         for capacity, members in groupby(sequences, key=_capacity):
             places = [sequence.position for sequence in members]
@@ -259,14 +259,14 @@ class DecodeAttention:
                 start=start,
                 stop=start + len(places),
                 length=max(places) + 1,
-                slab=cache.self_slabs[capacity],
+                slab=cache.self_rows[capacity],
                 rows=torch.arange(len(places), device=self._device),
                 positions=self._tensor(places),
             )
             start += len(places)
 
     def _prompt_parts(
-        self, sequences: SequenceOf[Sequence], prompts: SequenceOf[Prompt], cache: CacheTensors
+        self, sequences: SequenceOf[Sequence], prompts: SequenceOf[Prompt], cache: CacheTensors[Slabs]
     ) -> Iterator[_PromptPart]:
         users: dict[int, list[int]] = {id(prompt): [] for prompt in prompts}
         for row, sequence in enumerate(sequences):
@@ -275,7 +275,7 @@ class DecodeAttention:
             members = list(iterator)
             rows = [users[id(prompt)] for prompt in members]
             lengths = [len(prompt.token_ids) - 1 for prompt in members]
-            slab = cache.cross_slabs[capacity]
+            slab = cache.cross_rows[capacity]
             narrow = [own if len(own) <= _SHARED_WIDTH else [] for own in rows]
             if any(narrow):
                 yield self._prompt_part(slab[:, : len(members)], narrow, max(lengths))

@@ -128,7 +128,7 @@ class CausalRunner:
         """View of a prompt's keys and values: [layers, 2, heads, prompt tokens - 1, head_dim]."""
         if prompt.slot is None:
             raise ValueError("only a prompt with a row can be used")
-        row = self.cache.cross_slabs.row(prompt.slot.capacity, prompt.slot.row)
+        row = self.cache.cross_rows.row(prompt.slot.capacity, prompt.slot.row)
         return row[..., : len(prompt.token_ids) - 1, :]
 
     def _ids(self, token_ids: list[int]) -> Tensor:

@@ -128,5 +128,5 @@ def test_preempted_equals_undisturbed(model: T5Model) -> None:
     )
     assert preemptions > 10
     assert check_against_alone(model, guests, results) <= 1
-    assert runner.cache.self_slabs.allocated_bytes == 0
-    assert runner.cache.cross_slabs.allocated_bytes == 0
+    assert runner.cache.self_rows.allocated_bytes == 0
+    assert runner.cache.cross_rows.allocated_bytes == 0

@@ -200,8 +200,8 @@ def test_garbage_that_is_not_finite_never_stays_in_the_cache(model: T5Model) -> 
     for _ in range(8):
         engine.step()
     with torch.inference_mode():
-        for slabs in (runner.cache.self_slabs, runner.cache.cross_slabs):
-            slabs.row(16, 1)[:] = float("nan")
+        for rows in (runner.cache.self_rows, runner.cache.cross_rows):
+            rows.row(16, 1)[:] = float("nan")
     results = drain(engine, Results())
     assert results.sequences["sick", 0].finish_reason is FinishReason.ERROR
     engine.add("keeper", [PROMPT], params)
@@ -296,23 +296,23 @@ def test_memory_follows_use(model: T5Model) -> None:
     engine = engine_of(model, runner)
     engine.add("short", [PROMPT], SamplingParams(max_tokens=100, ignore_eos=True))
     engine.step()
-    token_bytes = runner.cache.self_slabs.bytes_per_token
-    assert runner.cache.cross_slabs.allocated_bytes == 16 * token_bytes
-    assert runner.cache.self_slabs.allocated_bytes == 16 * token_bytes
+    token_bytes = runner.cache.self_rows.bytes_per_token
+    assert runner.cache.cross_rows.allocated_bytes == 16 * token_bytes
+    assert runner.cache.self_rows.allocated_bytes == 16 * token_bytes
     for number in range(20):
         engine.add(str(number), [OTHER], SamplingParams(max_tokens=40, ignore_eos=True))
     before = 0
     while engine.has_work:
         used = engine.scheduler.room.used_bytes
         engine.step()
-        allocated = runner.cache.self_slabs.allocated_bytes + runner.cache.cross_slabs.allocated_bytes
+        allocated = runner.cache.self_rows.allocated_bytes + runner.cache.cross_rows.allocated_bytes
         assert allocated <= 4 * max(before, used, engine.scheduler.room.used_bytes)
         before = used
     engine.add("last", [PROMPT], SamplingParams(max_tokens=2))
     drain(engine)
     engine.abort("nobody")
     engine.step()
-    assert runner.cache.self_slabs.allocated_bytes == runner.cache.cross_slabs.allocated_bytes == 0
+    assert runner.cache.self_rows.allocated_bytes == runner.cache.cross_rows.allocated_bytes == 0
 
 
 def test_a_decode_step_between_encode_batches(model: T5Model) -> None:

@@ -1,6 +1,6 @@
 """The decode step of a T5, in one call to the native kernels.
 
-It reads and writes the cache's slabs where they lie, each sequence to its own length: nothing is padded, gathered or
+It reads and writes the cache's rows where they lie, each sequence to its own length: nothing is padded, gathered or
 masked, and the order of the batch does not matter.
 """
 
@@ -17,6 +17,7 @@ from serve.engine.cache import MIN_CAPACITY
 from serve.engine.config import ModelConfig
 from serve.engine.native.library import ACTIVATIONS, LayerTable, Level, ModelTable, ScratchTable, address, level, loaded
 from serve.engine.native.linear import BLOCK, NativeLinear, room_for_quantized, whole_blocks
+from serve.engine.row_tensors import RowTensors
 from serve.engine.sequence import Sequence
 from serve.engine.slabs import CacheTensors
 
@@ -47,7 +48,7 @@ class NativeDecoder:
     ) -> None:
         """`bias` [heads, max_distance + 1]: of a key max_distance, ... 1, 0 positions behind the query. All float32.
 
-        `cache_dtype` is that of the slabs: float32, or float16.
+        `cache_dtype` is that of the rows: float32, or float16.
         """
         self._config = config
         self.bias = bias.contiguous()
@@ -87,7 +88,7 @@ class NativeDecoder:
         known = config.activation in ACTIVATIONS and config.d_ff % BLOCK == 0 and config.d_kv <= _MAX_D_KV
         return level() is not Level.NONE and whole and known
 
-    def step(self, sequences: SequenceOf[Sequence], cache: CacheTensors) -> Tensor:
+    def step(self, sequences: SequenceOf[Sequence], cache: CacheTensors[RowTensors]) -> Tensor:
         """One position of each sequence: states [batch, d_model], normalized. Writes its keys and values."""
         rows, longest = self._rows(sequences, cache)
         return self._run(rows, len(sequences), longest)
@@ -111,20 +112,10 @@ class NativeDecoder:
         )  # fmt: skip
         return out
 
-    def _rows(self, sequences: SequenceOf[Sequence], cache: CacheTensors) -> tuple[Tensor, int]:
+    def _rows(self, sequences: SequenceOf[Sequence], cache: CacheTensors[RowTensors]) -> tuple[Tensor, int]:
         """types.h's Row of each sequence [batch, 11] int64, and the longest attention."""
-        places: dict[tuple[str, int], tuple[int, int, int, int, int]] = {}
-
-        def place(kind: str, slot_capacity: int) -> tuple[int, int, int, int, int]:
-            """Where a capacity's slab is: its address, bytes a row, and the steps of layer, kind and head."""
-            known = places.get((kind, slot_capacity))
-            if known is None:
-                slabs = cache.self_slabs if kind == "self" else cache.cross_slabs
-                slab = slabs.by_kind(slot_capacity)
-                layer, kind_step, row, head = slab.stride()[:4]
-                known = places[kind, slot_capacity] = (slab.data_ptr(), slab.itemsize * row, layer, kind_step, head)
-            return known
-
+        addresses, cross_addresses = cache.self_rows.addresses, cache.cross_rows.addresses
+        steps = {capacity: cache.self_rows.steps(capacity) for capacity in {*addresses, *cross_addresses}}
         numbers: list[int] = []
         longest = 0
         start = self._config.decoder_start_token_id
@@ -134,11 +125,10 @@ class NativeDecoder:
                 raise ValueError("only holders of a row can be in a batch")
             position, length = sequence.position, len(prompt.token_ids)
             longest = max(longest, position + 1, length)
-            at, row, *steps = place("self", own.capacity)
             token = sequence.token_ids[position - 1] if position > 0 else start
-            numbers += (token, at + row * own.row, *steps, position + 1)
-            at, row, *steps = place("cross", prompt.slot.capacity)
-            numbers += (at + row * prompt.slot.row, *steps, length)
+            numbers += (token, addresses[own.capacity][own.row], *steps[own.capacity], position + 1)
+            slot = prompt.slot
+            numbers += (cross_addresses[slot.capacity][slot.row], *steps[slot.capacity], length)
         return torch.tensor(numbers, dtype=torch.int64), longest
 
     def _make_room(self, rows: int, longest: int, threads: int) -> None:

@@ -2,7 +2,9 @@
  * avx512_vnni.c include this after their lanes. What each product and each attention computes for a row does not depend
  * on the other rows of the batch, nor on the number of threads, bit for bit: every sum is taken in one order. */
 
-#define BARRIER meet(team);
+#define BARRIER                                                                                                       \
+    meet(team);                                                                                                       \
+    spent(team, WAITING);
 
 static inline vf NAME(exponential)(vf x) {
     /* NaN stays NaN: v_min and v_max return their second argument then. */
@@ -27,6 +29,16 @@ static inline vf NAME(activate)(int64_t activation, vf x) {
         z = v_mul(x, v_fma(square, v_all(2.0f * 0.7978845608f * 0.044715f), v_all(2.0f * 0.7978845608f)));
     }
     return v_div(x, v_add(v_all(1.0f), NAME(exponential)(v_sub(v_zero(), z))));
+}
+
+/* out [count] = the activation of x; gated: times what lies `apart` from it. */
+static void NAME(activate_row)(int64_t activation, int64_t gated, const float *x, int64_t apart, int64_t count,
+                               float *out) {
+    for (int64_t k = 0; k < count; k += LANES) {
+        vf value = NAME(activate)(activation, v_load(x + k));
+        if (gated) value = v_mul(value, v_load(x + apart + k));
+        v_store(out + k, value);
+    }
 }
 
 static void NAME(normalize)(const float *x, const float *weight, float epsilon, int64_t width, float *out) {
@@ -511,6 +523,7 @@ static void NAME(quantize_share)(const Linear *linear, const float *x, int64_t x
         else if (linear->kind == INT8) *scales = NAME(quantize)(from, linear->inputs, levels, NULL);
         else *scales = NAME(quantize)(from, linear->inputs, levels, levels + quantized->step / 2);
     }
+    spent(team, ROUNDING);
 #else
     (void)linear, (void)x, (void)x_step, (void)rows, (void)quantized, (void)team;
 #endif
@@ -521,10 +534,12 @@ static void NAME(normalized_product)(const float *norm, float epsilon, const Lin
                                      Team team) {
     for (int64_t row = FIRST(batch); row < LAST(batch); row++)
         NAME(normalize)(s->h + row * s->h_step, norm, epsilon, linear->inputs, s->x + row * s->x_step);
+    spent(team, BY_ROW);
     NAME(quantize_share)(linear, s->x, s->x_step, batch, &s->quantized, team);
     BARRIER
     NAME(product)(linear, s->x, s->x_step, &s->quantized, batch, FIRST(linear->blocks), LAST(linear->blocks), 0, s->y,
                   s->y_step);
+    spent(team, PRODUCTS);
     BARRIER
 }
 
@@ -537,6 +552,7 @@ static void NAME(added_product)(const Linear *linear, const float *from, int64_t
     }
     NAME(product)(linear, from, from_step, &s->quantized, batch, FIRST(linear->blocks), LAST(linear->blocks), 1, s->h,
                   s->h_step);
+    spent(team, PRODUCTS);
     BARRIER
 }
 
@@ -545,6 +561,7 @@ static void NAME(feed_forward)(const Model *model, const Layer *layer, int64_t b
     for (int64_t row = FIRST(batch); row < LAST(batch); row++)
         NAME(normalize)(s->h + row * s->h_step, layer->feed_norm, (float)model->epsilon, model->d_model,
                         s->x + row * s->x_step);
+    spent(team, BY_ROW);
     NAME(quantize_share)(&layer->wi, s->x, s->x_step, batch, &s->quantized, team);
     BARRIER
     /* A thread computes the same outputs of both halves, so it needs nobody else's to join them. */
@@ -554,14 +571,12 @@ static void NAME(feed_forward)(const Model *model, const Layer *layer, int64_t b
     if (model->gated)
         NAME(product)(&layer->wi, s->x, s->x_step, &s->quantized, batch, blocks + from, blocks + to, 0, s->y,
                       s->y_step);
+    spent(team, PRODUCTS);
     for (int64_t row = 0; row < batch; row++) {
-        float *y = s->y + row * s->y_step;
-        for (int64_t k = from * BLOCK; k < to * BLOCK; k += LANES) {
-            vf value = NAME(activate)(model->activation, v_load(y + k));
-            if (model->gated) value = v_mul(value, v_load(y + blocks * BLOCK + k));
-            v_store(y + k, value);
-        }
+        float *y = s->y + row * s->y_step + from * BLOCK;
+        NAME(activate_row)(model->activation, model->gated, y, blocks * BLOCK, (to - from) * BLOCK, y);
     }
+    spent(team, BY_ROW);
     BARRIER
     NAME(added_product)(&layer->wo, s->y, s->y_step, batch, s, team);
 }
@@ -608,6 +623,7 @@ static void NAME(attention)(const Model *model, const Row *rows, int64_t batch, 
                          s->scores + team.thread * s->scores_step, s->x + row * s->x_step + head * d_kv);
         }
     }
+    spent(team, ATTENTION);
     BARRIER
 }
 
@@ -628,6 +644,7 @@ static void NAME(step)(const Model *model, const Row *rows, int64_t batch, Scrat
     }
     for (int64_t row = FIRST(batch); row < LAST(batch); row++)
         NAME(normalize)(s->h + row * s->h_step, model->final_norm, epsilon, model->d_model, out + row * model->d_model);
+    spent(team, BY_ROW);
 }
 
 /* -- single operations over many rows ---------------------------------------------------------------------------- */
@@ -656,24 +673,21 @@ static void NAME(linear)(const Linear *linear, const float *x, int64_t rows, Qua
         BARRIER
     }
     NAME(units)(linear, x, linear->inputs, quantized, rows, team, 0, out, linear->blocks * BLOCK);
+    spent(team, PRODUCTS);
 }
 
 static void NAME(normalize_rows)(const float *x, const float *weight, double epsilon, int64_t rows, int64_t width,
                                  Team team, float *out) {
     for (int64_t row = FIRST(rows); row < LAST(rows); row++)
         NAME(normalize)(x + row * width, weight, (float)epsilon, width, out + row * width);
+    spent(team, BY_ROW);
 }
 
 static void NAME(activate_rows)(int64_t activation, int64_t gated, const float *x, int64_t rows, int64_t width,
                                 Team team, float *out) {
-    for (int64_t row = FIRST(rows); row < LAST(rows); row++) {
-        const float *from = x + row * width * (gated ? 2 : 1);
-        for (int64_t k = 0; k < width; k += LANES) {
-            vf value = NAME(activate)(activation, v_load(from + k));
-            if (gated) value = v_mul(value, v_load(from + width + k));
-            v_store(out + row * width + k, value);
-        }
-    }
+    for (int64_t row = FIRST(rows); row < LAST(rows); row++)
+        NAME(activate_row)(activation, gated, x + row * width * (gated ? 2 : 1), width, width, out + row * width);
+    spent(team, BY_ROW);
 }
 
 /* -- attention within texts -------------------------------------------------------------------------------------------
@@ -745,6 +759,7 @@ static void NAME(attend_texts)(const Texts *t, Team team) {
             }
         start += length;
     }
+    spent(team, ATTENTION);
 }
 
 /* -- the encoder --------------------------------------------------------------------------------------------------- */
@@ -755,6 +770,7 @@ static void NAME(shared_product)(const Linear *linear, const float *x, int64_t x
     NAME(quantize_share)(linear, x, x_step, rows, &s->quantized, team);
     BARRIER
     NAME(units)(linear, x, x_step, &s->quantized, rows, team, add, out, out_step);
+    spent(team, PRODUCTS);
     BARRIER
 }
 
@@ -764,16 +780,14 @@ static void NAME(feed_rows)(const Encoder *encoder, const EncoderLayer *layer, f
     for (int64_t row = FIRST(rows); row < LAST(rows); row++)
         NAME(normalize)(h + row * s->h_step, layer->feed_norm, (float)encoder->epsilon, encoder->d_model,
                         s->x + row * s->x_step);
+    spent(team, BY_ROW);
     const int64_t step = layer->wi.blocks * BLOCK, width = encoder->gated ? step / 2 : step;
     NAME(shared_product)(&layer->wi, s->x, s->x_step, rows, s, team, 0, s->y, step);
     for (int64_t row = FIRST(rows); row < LAST(rows); row++) {
         float *y = s->y + row * step;
-        for (int64_t k = 0; k < width; k += LANES) {
-            vf value = NAME(activate)(encoder->activation, v_load(y + k));
-            if (encoder->gated) value = v_mul(value, v_load(y + width + k));
-            v_store(y + k, value);
-        }
+        NAME(activate_row)(encoder->activation, encoder->gated, y, width, width, y);
     }
+    spent(team, BY_ROW);
     NAME(shared_product)(&layer->wo, s->y, step, rows, s, team, 1, h, s->h_step);
 }
 
@@ -809,6 +823,7 @@ static void NAME(encode)(const Encoder *encoder, const int64_t *tokens, const Te
         const EncoderLayer *layer = encoder->layer + number;
         for (int64_t row = low; row < high; row++)
             NAME(normalize)(s->h + row * s->h_step, layer->self_norm, epsilon, width, s->x + row * s->x_step);
+        spent(team, BY_ROW);
         NAME(shared_product)(&layer->qkv, s->x, s->x_step, count, s, team, 0, s->y, step);
         NAME(attend_texts)(texts, team);
         BARRIER
@@ -819,6 +834,7 @@ static void NAME(encode)(const Encoder *encoder, const int64_t *tokens, const Te
     }
     for (int64_t row = low; row < high; row++)
         NAME(normalize)(s->h + row * s->h_step, encoder->final_norm, epsilon, width, states + row * width);
+    spent(team, BY_ROW);
     if (rows == NULL) return;
     BARRIER
     for (int64_t layer = 0, made = FLOAT32; layer < encoder->decoder_layers; layer++) {
@@ -829,8 +845,10 @@ static void NAME(encode)(const Encoder *encoder, const int64_t *tokens, const Te
             made = cross->kind;
         }
         NAME(units)(cross, states, width, &s->quantized, count, team, 0, s->y, step);
+        spent(team, PRODUCTS);
         BARRIER
         NAME(keep_rows)(encoder, layer, s->y, step, texts, rows, team);
+        spent(team, BY_ROW);
         BARRIER
     }
 }
@@ -888,6 +906,7 @@ static void NAME(shortlist)(const Head *head, const float *states, int64_t rows,
         /* A state too small to be quantized is lost as a whole. */
         s->loss[row] = largest > 1e-30f ? sqrtf(v_sum(left)) * largest / 127.0f * 1.00001f : s->norm[row];
     }
+    spent(team, ROUNDING);
     for (int64_t row = 0; row < rows; row++) {
         reached[row] = -INFINITY;
         choices[row] = (Choice){-1, 0, -INFINITY};
@@ -897,6 +916,7 @@ static void NAME(shortlist)(const Head *head, const float *states, int64_t rows,
         const int64_t first = block * SHORTLIST_BLOCK;
         NAME(product)(&head->product, NULL, 0, &s->quantized, rows, block * 2, block * 2 + 2, 0,
                       logits - first, SHORTLIST_BLOCK);
+        spent(team, PRODUCTS);
         for (int64_t row = 0; row < rows; row++) {
             float *logit = logits + row * SHORTLIST_BLOCK;
             for (int64_t at = head->vocabulary > first ? head->vocabulary - first : 0; at < SHORTLIST_BLOCK; at++)
@@ -925,6 +945,7 @@ static void NAME(shortlist)(const Head *head, const float *states, int64_t rows,
                 }
             choices[row].candidates = count;
         }
+        spent(team, BY_ROW);
     }
     BARRIER
     for (int64_t row = 0; row < rows; row++) {
@@ -943,6 +964,7 @@ static void NAME(shortlist)(const Head *head, const float *states, int64_t rows,
             }
         }
     }
+    spent(team, BY_ROW);
     BARRIER
     for (int64_t row = FIRST(rows); row < LAST(rows); row++) {
         best[row] = s->choices[row];
@@ -955,6 +977,7 @@ static void NAME(shortlist)(const Head *head, const float *states, int64_t rows,
             }
         }
     }
+    spent(team, BY_ROW);
 }
 #endif
 

@@ -123,6 +123,14 @@ class TextsTable(Structure):
     ]  # fmt: skip
 
 
+JOBS = ("decoder", "encoder", "head", "single")  # as in types.h, like all these
+PARTS = ("products", "attention", "rounding", "by_row", "waiting")
+
+
+class ClockTable(Structure):
+    _fields_ = [("job", c_int64), ("since", c_double), ("seconds", c_double * len(PARTS) * len(JOBS))]
+
+
 @cache
 def _library() -> ctypes.CDLL | None:
     path = library_path()
@@ -160,7 +168,8 @@ def _library() -> ctypes.CDLL | None:
         library.flan_attention.argtypes = [*sizes, POINTER(TextsTable)]
         library.flan_attention.restype = None
         library.flan_attention_room.argtypes, library.flan_attention_room.restype = [c_int64, c_int64], c_int64
-        for function in ("flan_step", "flan_linear", "flan_normalize", "flan_activate"):
+        library.flan_profile.argtypes = [POINTER(ClockTable)]
+        for function in ("flan_profile", "flan_step", "flan_linear", "flan_normalize", "flan_activate"):
             getattr(library, function).restype = None
     return library
 

@@ -6,6 +6,7 @@
 #include <stddef.h>
 #include <stdint.h>
 #include <string.h>
+#include <time.h>
 
 #define LANES 16            /* float32 numbers that are computed together */
 #define BLOCK 64            /* outputs of a product whose weights lie together */
@@ -30,6 +31,9 @@
 
 enum { FLOAT32, FLOAT16, INT16, INT8, INT8_FINE }; /* from INT16 on activations are quantized, too */
 enum { RELU, GELU_TANH, SILU };
+/* Whose time it is (single operations: the last), and what it goes to; see `spent`. */
+enum { DECODER, ENCODER, HEAD, SINGLE, JOBS };
+enum { PRODUCTS, ATTENTION, ROUNDING, BY_ROW, WAITING, PARTS };
 
 typedef struct {
     int64_t kind, inputs, blocks;
@@ -86,11 +90,32 @@ typedef struct {
     int32_t round;
 } Meeting;
 
-/* One of the threads that work on a job together. */
+/* Where a thread's time has gone, in seconds, of the job that it works on and of those before. */
+typedef struct {
+    int64_t job;
+    double since, seconds[JOBS][PARTS];
+} Clock;
+
+/* One of the threads that work on a job together. Mostly nobody asks where its time goes, and there is no clock. */
 typedef struct {
     int64_t thread, threads;
     Meeting *meeting;
+    Clock *clock;
 } Team;
+
+static inline double now(void) {
+    struct timespec time;
+    clock_gettime(CLOCK_MONOTONIC, &time);
+    return (double)time.tv_sec + 1e-9 * (double)time.tv_nsec;
+}
+
+/* What this thread has done since it last said so was that part. */
+static inline void spent(Team team, int64_t part) {
+    if (team.clock == NULL) return;
+    const double at = now();
+    team.clock->seconds[team.clock->job][part] += at - team.clock->since;
+    team.clock->since = at;
+}
 
 /* Go on when all of the team are here. Mostly they are in a microsecond, so this looks again and again; but after some
  * tens of them it offers the processor to others. It may be the processor that a missing thread needs: OpenMP's own

@@ -12,6 +12,7 @@ from serve.engine.layers import WeightFormat
 from serve.engine.loading import load_model
 from serve.engine.model import T5Model
 from serve.engine.native.library import Level, level, limited
+from serve.engine.row_tensors import RowTensors
 from serve.sampling_params import SamplingParams
 from tests.engine.checkpoints import FLAN_T5_SMALL, make_t5_checkpoint
 from tests.engine.driving import drain, engine_of
@@ -121,9 +122,11 @@ def test_a_broken_prompt_harms_nobody_else(small_folder: Path) -> None:
     engine.add("good", [good], params)
     engine.step()
     with torch.inference_mode():
-        for slabs in (runner.cache.self_slabs, runner.cache.cross_slabs):
-            for slab in slabs._slabs.values():
-                slab[:, :, 0] = float("nan")
+        for rows in (runner.cache.self_rows, runner.cache.cross_rows):
+            assert isinstance(rows, RowTensors)
+            assert rows.addresses
+            for capacity in rows.addresses:
+                rows.row(capacity, 0)[:] = float("nan")
     results = drain(engine)
     assert results.sequences["bad", 0].error is not None
     assert torch.equal(torch.stack(runner.logits["good"]), alone)
