@@ -21,7 +21,8 @@ _CACHE_BYTES = {"float32": 4, "float16": 2, "int16": 2, "int8": 2}
 class Work:
     """What requests cost at least, in operations, and in numbers that are read."""
 
-    encode_operations: float
+    encode_operations: float  # of products with weights, up to the keys and values for the decoder
+    attention_operations: float  # of the encoder
     decode_operations: float  # of all steps, without the head
     step_weights: float  # numbers that a step reads at least once, without the head
     head_weights: float  # numbers; the head's product is int8 in every mode (serve.engine.shortlist_head)
@@ -39,9 +40,8 @@ class Work:
         decoder = shape.num_decoder_layers * (6 * shape.d_model * inner + feed_forward)
         tokens = sum(output for _, output in requests)
         return cls(
-            encode_operations=sum(
-                2.0 * prompt * (encoder + cross + shape.num_layers * 2 * prompt * inner) for prompt, _ in requests
-            ),
+            encode_operations=sum(2.0 * prompt * (encoder + cross) for prompt, _ in requests),
+            attention_operations=sum(2.0 * prompt * shape.num_layers * 2 * prompt * inner for prompt, _ in requests),
             decode_operations=2.0 * tokens * decoder,
             step_weights=decoder,
             head_weights=shape.vocab_size * shape.d_model,
@@ -53,13 +53,26 @@ class Work:
             tokens=tokens,
         )
 
-    def seconds(self, mode: str, rates: Mapping[str, float]) -> float:
-        """At least so long, with products of `mode`. The steps' weights are read or multiplied, whichever is slower."""
+    def least(self, mode: str, rates: Mapping[str, float]) -> dict[str, float]:
+        """Seconds of each part at least, with products of `mode`; attention is float32's in all of them.
+
+        A step's weights are read or multiplied, whichever is slower.
+        """
         products, memory = rates[mode] * 1e9, rates["memory"] * 1e9
         layers = max(self.decode_operations / products, self.steps * self.step_weights * _WEIGHT_BYTES[mode] / memory)
         narrow = rates.get("int8", rates[mode]) * 1e9
         head = max(2.0 * self.tokens * self.head_weights / narrow, self.steps * self.head_weights / memory)
-        return self.encode_operations / products + layers + head + self.cache_numbers * _CACHE_BYTES[mode] / memory
+        return {
+            "encoder products": self.encode_operations / products,
+            "encoder attention": self.attention_operations / (rates["float32"] * 1e9),
+            "decoder products": layers,
+            "decoder attention": self.cache_numbers * _CACHE_BYTES[mode] / memory,
+            "head products": head,
+        }
+
+    def seconds(self, mode: str, rates: Mapping[str, float]) -> float:
+        """At least so long, all in all."""
+        return sum(self.least(mode, rates).values())
 
 
 def build(

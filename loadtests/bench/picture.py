@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from loadtests.bench import ratios
+from loadtests.bench.profiles import PARTS
 from loadtests.bench.workloads.registry import WORKLOADS
 
 Record = Mapping[str, Any]
@@ -29,6 +30,9 @@ def draw(record: Record, path: Path) -> None:
         if compared:
             lines = len({_label(one) for one in compared}) * len({one["peer"] for one in compared})
             panels.append((1.4 + _LINE_INCHES * lines, partial(_ratios, compared=compared, shape=shape)))
+        own = [one for one in record["profiles"] if one["shape"] == shape]
+        if own:
+            panels.append((1.8 + _LINE_INCHES * len(own), partial(_profiles, records=own, shape=shape)))
         for workload, panel in (("scaling", _scaling), ("memory", _memory)):
             rows = [row for row in record["rows"] if (row["shape"], row["workload"]) == (shape, workload)]
             if rows:
@@ -85,6 +89,26 @@ def _ratios(axes: Any, compared: Sequence[Record], shape: str) -> None:
     axes.set(title=f"{shape}: ours against each peer", xlabel="ratio; right of 1 is ours ahead")
     axes.grid(axis="x", alpha=0.3)
     axes.legend(fontsize=8)
+
+
+def _profiles(axes: Any, records: Sequence[Record], shape: str) -> None:
+    """A bar for each case and mode: the shares of our time, and how much of it the bound leaves."""
+    from matplotlib import pyplot
+
+    labels = [f"{one['workload']}: {one['case']} ({one['mode']})" for one in records]
+    starts = [0.0] * len(records)
+    colours = pyplot.get_cmap("tab20")
+    for place, part in enumerate(PARTS):
+        shares = [100 * one["parts"][part] / one["seconds"] for one in records]
+        axes.barh(range(len(records)), shares, left=starts, height=0.7, color=colours(place), label=part)
+        starts = [start + share for start, share in zip(starts, shares, strict=True)]
+    bounds = [100 * sum(one["least"].values()) / one["seconds"] for one in records]
+    axes.plot(bounds, range(len(records)), "k|", markersize=9, markeredgewidth=2, label="the bound")
+    axes.set_yticks(range(len(labels)), labels)
+    axes.set_ylim(len(labels) - 0.5, -0.5)
+    axes.set_xlim(0, 100)
+    axes.set(title=f"{shape}: where our time goes", xlabel="% of a run")
+    axes.legend(fontsize=7, ncols=5, loc="upper center", bbox_to_anchor=(0.5, -0.5 / max(1, 0.25 * len(records))))
 
 
 def _scaling(axes: Any, rows: Sequence[Record], shape: str) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from loadtests.bench import modes, verification
+from loadtests.bench import modes, profiles, verification
 from loadtests.bench.budget import Budget
 from loadtests.bench.child import Child
 from loadtests.bench.options import Options, Title
@@ -20,11 +20,14 @@ from loadtests.bench.workloads.base import Case, Row, Workload
 
 @dataclass(slots=True)
 class Findings:
-    """All that a run brings. `tunings[i]` = one system's choice for one kind of case, with all it tried."""
+    """All that a run brings. `tunings[i]` = one system's choice for one kind of case, with all it tried; `profiles[i]`
+    = where our time went in one case and mode.
+    """
 
     rows: list[Row] = field(default_factory=list)
     tunings: list[dict[str, Any]] = field(default_factory=list)
     agreement: list[dict[str, Any]] = field(default_factory=list)
+    profiles: list[dict[str, Any]] = field(default_factory=list)
     failures: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
@@ -107,6 +110,8 @@ class Session:
             took = time.monotonic() - began
         workload.finish(rows, data)
         self._findings.rows += rows
+        if workload.all_at_once and self._options.device == "cpu":
+            self._profile(workload, cases, min(rounds, profiles.MOST_RUNS))
 
     def _cases(self, workload: Workload) -> list[Case]:
         return workload.cases(self._options.sizes)
@@ -161,6 +166,23 @@ class Session:
         if published := workload.published(case):
             row["published"] = dict(published)
         return row, found["data"]
+
+    def _profile(self, workload: Workload, cases: Sequence[Case], runs: int) -> None:
+        """Where our time goes, in each mode: once more, after the rounds."""
+        for case in cases:
+            for title, child in self._children.items():
+                if title[0] != "ours":
+                    continue
+                self._show(f"{workload.name}, {case['name']}, {' '.join(title)}, profile")
+                names = {"shape": self._group.label, "workload": workload.name, "case": case["name"], "mode": title[1]}
+                # A case's own key: prompts of another one would be in the engine's cache of prompts.
+                key = self._key("profile", workload.name, case["name"])
+                at_once = min(workload.at_a_time(case), self._group.place.max_running)
+                try:
+                    call = {"workload": workload.name, "case": case, "key": key, "runs": runs}
+                    self._findings.profiles.append({**names, "at_once": at_once, **child.call("profile", **call)})
+                except RuntimeError as error:
+                    self._fail(f"{self._group.label}, {workload.name}, {case['name']}, profile: {error}")
 
     def _measure_ours(self, workload: Workload, case: Case) -> dict[str, float]:
         """The metrics of our first setting, once warm."""

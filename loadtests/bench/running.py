@@ -9,7 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from loadtests.bench import bounds, environment, modes, peaks, prompts, ratios
+from loadtests.bench import bounds, environment, modes, peaks, profiles, prompts, ratios
 from loadtests.bench.budget import Budget
 from loadtests.bench.child import environment_of
 from loadtests.bench.ctranslate2_system import installed
@@ -68,7 +68,7 @@ def _bounds(options: Options, findings: Findings) -> dict[str, Any]:
     measured = dict.fromkeys((row["shape"], row["workload"]) for row in findings.rows)
     works: dict[tuple[str, str, str], bounds.Work] = {}
     for shape, workload in measured:
-        if workload not in ("uniform", "mixed"):
+        if not WORKLOADS[workload].all_at_once:
             continue
         for case in WORKLOADS[workload].cases(options.sizes):
             if workload == "uniform":
@@ -78,9 +78,13 @@ def _bounds(options: Options, findings: Findings) -> dict[str, Any]:
                 requests, at_once = [(len(one.ids), one.length) for one in drawn], options.max_running
             works[shape, workload, case["name"]] = bounds.Work.of(SHAPES[shape], requests, at_once)
     if options.device != "cpu" or not works:
-        return {"rates": {}, "bounds": []}
+        return {"rates": {}, "bounds": [], "profiles": []}
     rates = peaks.found(options.threads, environment_of(options.threads))
-    return {"rates": rates, "bounds": bounds.build(findings.rows, works, rates)}
+    return {
+        "rates": rates,
+        "bounds": bounds.build(findings.rows, works, rates),
+        "profiles": profiles.build(findings.profiles, SHAPES, rates),
+    }
 
 
 def _at_home(options: Options, findings: Findings) -> None:

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from loadtests.bench import ratios
+from loadtests.bench.profiles import PARTS
 from loadtests.bench.workloads.base import Metric
 from loadtests.bench.workloads.registry import WORKLOADS
 
@@ -24,7 +25,7 @@ def to_markdown(record: Record, picture: str | None = None) -> str:
             rows = [row for row in record["rows"] if (row["shape"], row["workload"]) == (shape, workload)]
             if rows:
                 lines += [f"### {workload}", "", *_workload(workload, rows, record), ""]
-    lines += _bounds(record) + _agreement(record) + _tunings(record)
+    lines += _bounds(record) + _profiles(record) + _agreement(record) + _tunings(record)
     for title, texts in (("Failures", record["failures"]), ("Notes", record["notes"])):
         if texts:
             lines += [f"## {title}", "", *(f"- {text}" for text in texts), ""]
@@ -110,14 +111,42 @@ def _bounds(record: Record) -> list[str]:
         "weights and cache that each step must read, take at these rates; nothing else is counted. A peer above 1.00 "
         "is faster than products of that mode can be on this processor, whoever makes them.",
         "",
-        "| shape | case | products | bound, tokens/s | ours reaches | " + " | ".join(peers) + " |",
+        "| shape | case | products | bound, tokens/s | ours reaches |" + "".join(f" {peer} |" for peer in peers),
         "|---|---|---|---:|---:|" + "---:|" * len(peers),
     ]
     for one in record["bounds"]:
-        shares = " | ".join(f"{one['peers'][peer]:.2f}" if peer in one["peers"] else "" for peer in peers)
+        shares = "".join(f" {one['peers'][peer]:.2f} |" if peer in one["peers"] else " |" for peer in peers)
         names = f"{one['shape']} | {one['case']} | {one['mode']}"
-        lines.append(f"| {names} | {number(one['bound'])} | **{one['reached']:.2f}** | {shares} |")
+        lines.append(f"| {names} | {number(one['bound'])} | **{one['reached']:.2f}** |{shares}")
     return [*lines, ""]
+
+
+def _profiles(record: Record) -> list[str]:
+    if not record["profiles"]:
+        return []
+    lines = [
+        "## Where our time goes",
+        "",
+        "Shares of the seconds of one run (the median of some, after the rounds), as the first thread has them. In "
+        "parentheses: of what a part takes, how much it must take at the best rates above, which they only reach where "
+        "nobody else uses the machine's memory; 1.00 is the bound. `By row` are norms, activations and copies, "
+        "`waiting` is for the other threads, `outside` is all that is no kernel: scheduling, sampling, Python.",
+        "",
+        "| shape | case | ours | seconds | " + " | ".join(PARTS) + " |",
+        "|---|---|---|---:|" + "---:|" * len(PARTS),
+    ]
+    for one in record["profiles"]:
+        cells = [_share(one, part) for part in PARTS]
+        names = f"{one['shape']} | {one['case']} | {one['mode']} | {number(one['seconds'])}"
+        lines.append(f"| {names} | {' | '.join(cells)} |")
+    return [*lines, ""]
+
+
+def _share(one: Record, part: str) -> str:
+    """38% (0.91): a part's share of the run, and how near it is to its bound."""
+    seconds, least = one["parts"][part], one["least"].get(part)
+    share = f"{seconds / one['seconds']:.0%}"
+    return f"{share} ({least / seconds:.2f})" if least is not None and seconds > 0 else share
 
 
 def _agreement(record: Record) -> list[str]:

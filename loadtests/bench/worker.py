@@ -11,7 +11,7 @@ from collections.abc import Callable
 from dataclasses import asdict
 from typing import Any
 
-from loadtests.bench import verification
+from loadtests.bench import profiles, verification
 from loadtests.bench.system import Place, System, Tuning
 from loadtests.bench.workloads.memory import resident_bytes
 from loadtests.bench.workloads.registry import WORKLOADS
@@ -86,6 +86,10 @@ class Worker:
         measured = WORKLOADS[workload].measure(self.system, case, key)
         return {"metrics": measured.metrics, "data": measured.data, "resident_bytes": resident_bytes()}
 
+    def profile(self, workload: str, case: dict[str, Any], key: str, runs: int) -> dict[str, Any]:
+        """Where our time goes, see profiles.take."""
+        return profiles.take(WORKLOADS[workload], self.system, case, key, runs)
+
     def verify(self, key: str) -> dict[str, Any]:
         return verification.produce(self.system, key)
 
@@ -99,6 +103,7 @@ def main() -> int:
         "load": worker.load,
         "tune": worker.tune,
         "measure": worker.measure,
+        "profile": worker.profile,
         "verify": worker.verify,
     }
     for line in sys.stdin:

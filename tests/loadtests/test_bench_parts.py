@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from loadtests import __main__ as cli
-from loadtests.bench import bounds, command, prompts, ratios, running, tables
+from loadtests.bench import bounds, command, profiles, prompts, ratios, running, tables
 from loadtests.bench.bounds import Work
 from loadtests.bench.budget import Budget
 from loadtests.bench.options import Options
@@ -39,6 +39,16 @@ ROWS = [
     *(row("ctranslate2", "int8", number, value) for number, value in enumerate((20.0, 20.0, 20.0))),
 ]
 RATES = {"float32": 100.0, "int8": 400.0, "memory": 20.0}
+TAKEN = {
+    "shape": "tiny",
+    "workload": "uniform",
+    "case": "batch 1",
+    "mode": "int8",
+    "at_once": 1,
+    "seconds": 2.0,
+    "requests": [[10, 2]],
+    "parts": dict.fromkeys(profiles.PARTS, 0.2),
+}
 RECORD = {
     "created": "2026-11-25T00:00:00+00:00",
     "command": "python -m loadtests bench",
@@ -49,6 +59,7 @@ RECORD = {
     "ratios": ratios.build(ROWS, WORKLOADS),
     "rates": RATES,
     "bounds": bounds.build(ROWS, {("tiny", "uniform", "batch 1"): Work.of(SHAPES["tiny"], [(10, 2)], 1)}, RATES),
+    "profiles": profiles.build([TAKEN], SHAPES, RATES),
     "agreement": [],
     "tunings": [],
     "failures": [],
@@ -89,16 +100,20 @@ def test_a_published_figure_is_a_peer() -> None:
 def test_the_bound_of_a_batch_counts_its_products_and_bytes() -> None:
     """flan-t5-small by hand: 18.87 million numbers in the encoder's layers, 3.15 in cross-attention's k and v."""
     work = Work.of(SHAPES["flan-t5-small"], [(128, 32)] * 32, 32)
-    per_token = 8 * (4 * 512 * 384 + 3 * 512 * 1024) + 8 * 2 * 128 * 384 + 8 * 2 * 512 * 384
+    per_token = 8 * (4 * 512 * 384 + 3 * 512 * 1024) + 8 * 2 * 512 * 384
     assert work.encode_operations == 2 * 32 * 128 * per_token
+    assert work.attention_operations == 2 * 32 * 128 * 8 * 2 * 128 * 384
     assert work.step_weights == 8 * (6 * 512 * 384 + 3 * 512 * 1024)
     assert work.decode_operations == 2 * 32 * 32 * work.step_weights
     assert work.cache_numbers == 32 * 8 * 2 * 384 * sum(128 + step for step in range(1, 33))
     head = 2 * 32 * 32128 * 512 * 32
-    expected = (work.encode_operations + work.decode_operations) / 100e9 + head / 400e9
+    encode = work.encode_operations + work.attention_operations
+    expected = (encode + work.decode_operations) / 100e9 + head / 400e9
     assert work.seconds("float32", RATES) == pytest.approx(expected + work.cache_numbers * 4 / 20e9)
     alone = Work.of(SHAPES["flan-t5-small"], [(128, 32)], 1)  # a step reads its weights longer than it multiplies
-    slow = alone.encode_operations / 100e9 + 32 * (alone.step_weights * 2 / 20e9 + 32128 * 512 / 20e9)
+    slow = (alone.encode_operations + alone.attention_operations) / 100e9 + 32 * (
+        alone.step_weights * 2 / 20e9 + 32128 * 512 / 20e9
+    )
     rates = {**RATES, "float16": 100.0}
     assert alone.seconds("float16", rates) == pytest.approx(slow + alone.cache_numbers * 2 / 20e9)
 
@@ -110,7 +125,7 @@ def test_the_bound_of_mixed_requests_counts_the_steps_that_they_need() -> None:
     assert Work.of(shape, [(10, 30), (20, 4), (5, 4), (5, 2)], 2).steps == 30
     one, two = Work.of(shape, [(10, 30)], 1), Work.of(shape, [(20, 4)], 1)
     both = Work.of(shape, [(10, 30), (20, 4)], 2)
-    for name in ("encode_operations", "decode_operations", "cache_numbers", "tokens"):
+    for name in ("encode_operations", "attention_operations", "decode_operations", "cache_numbers", "tokens"):
         assert getattr(both, name) == getattr(one, name) + getattr(two, name)
 
 
@@ -120,6 +135,23 @@ def test_bounds_say_what_is_reached_and_which_peers_are_beyond() -> None:
     assert wide["bound"] < narrow["bound"]
     assert wide["reached"] == pytest.approx(30.0 / wide["bound"])
     assert narrow["peers"] == {"ctranslate2 int8": pytest.approx(20.0 / narrow["bound"])}
+
+
+def test_the_parts_of_the_bound_are_the_bound_and_attention_is_of_float32_everywhere() -> None:
+    work = Work.of(SHAPES["tiny"], [(10, 2), (30, 7)], 2)
+    rates = {**RATES, "int16": 200.0}
+    narrow, wide = work.least("int16", rates), work.least("float32", rates)
+    assert sum(narrow.values()) == pytest.approx(work.seconds("int16", rates))
+    assert narrow["encoder products"] == pytest.approx(wide["encoder products"] / 2)
+    assert narrow["encoder attention"] == wide["encoder attention"]
+    assert set(narrow) == set(profiles.BOUNDED)
+
+
+def test_a_profile_says_its_least_seconds_for_just_its_requests() -> None:
+    [record] = profiles.build([TAKEN], SHAPES, RATES)
+    assert record["least"] == Work.of(SHAPES["tiny"], [(10, 2)], 1).least("int8", RATES)
+    assert record["tokens"] == 2
+    assert profiles.build([{**TAKEN, "mode": "bfloat16"}], SHAPES, RATES) == []  # whose rate nobody measured
 
 
 def test_mixed_requests_keep_their_bounds_and_their_median() -> None:
@@ -230,6 +262,10 @@ def test_the_page_shows_ratios_with_their_spread() -> None:
     assert "![ratios](bench.png)" in text
     assert "memory 20 GB/s" in text
     assert "| shape | case | products | bound, tokens/s | ours reaches | ctranslate2 int8 |" in text
+    assert "| shape | case | ours | seconds | encoder products | encoder attention |" in text
+    first, attention, *_ = RECORD["profiles"][0]["least"].values()  # type: ignore[index]
+    assert f"| tiny | batch 1 | int8 | 2 | 10% ({first / 0.2:.2f}) | 10% ({attention / 0.2:.2f}) |" in text
+    assert "| 10% | 10% | 10% | 10% |\n" in text  # nobody can say how long rounding, norms and waiting must take
     assert "- a note" in text
 
 

@@ -8,13 +8,14 @@ from pathlib import Path
 import pytest
 
 from loadtests import __main__ as cli
-from loadtests.bench import prompts
+from loadtests.bench import profiles, prompts
 from loadtests.bench.ctranslate2_system import installed
 from loadtests.bench.effort import EFFORTS
 from loadtests.bench.shapes import SHAPES, write_checkpoint
 from loadtests.bench.system import Place, System
 from loadtests.bench.worker import open_system
 from loadtests.bench.workloads.registry import WORKLOADS
+from serve.engine.native.library import Level, level
 
 LENGTHS = (3, 9, 1, 6, 12)
 SYSTEMS = (
@@ -112,6 +113,22 @@ def test_many_short_requests_leave_nothing_behind(folder: Path) -> None:
     assert metrics.keys() == {"resident", "resident_at_mark", "resident_ratio"}
 
 
+def test_a_profile_is_of_one_run_and_its_parts_are_all_of_it(folder: Path) -> None:
+    own, uniform = open_system("ours", "float32", Place(str(folder), "tiny")), WORKLOADS["uniform"]
+    [_, case] = uniform.cases(EFFORTS["trial"])
+    found = profiles.take(uniform, own, case, "key", 3)
+    assert found["requests"] == [(case["prompt"], case["output"])] * case["count"] * case["repeats"]
+    assert sum(found["parts"].values()) == pytest.approx(found["seconds"])
+    if level() is not Level.NONE:
+        assert found["parts"]["decoder products"] > 0
+    [record] = profiles.build(
+        [{"shape": "tiny", "workload": "uniform", "case": "", "mode": "float32", "at_once": case["count"], **found}],
+        SHAPES,
+        {"float32": 1000.0, "memory": 200.0},
+    )
+    assert 0 < sum(record["least"].values()) < record["seconds"]
+
+
 @pytest.mark.slow
 def test_the_command_measures_in_processes_of_their_own(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("matplotlib")
@@ -123,5 +140,6 @@ def test_the_command_measures_in_processes_of_their_own(tmp_path: Path, capsys: 
     assert [one["equal_tokens"] for one in record["agreement"]] == [1.0]
     assert {one["peer"] for one in record["ratios"]} == {"transformers float32"}
     assert {row["workload"] for row in record["rows"]} == {"uniform", "memory"}
+    assert [one["mode"] for one in record["profiles"]] == ["float32", "float32"]
     assert record["versions"]["torch"] is not None
     assert "**" in capsys.readouterr().out

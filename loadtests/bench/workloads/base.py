@@ -39,14 +39,17 @@ class Measured:
 class Workload:
     """One kind of load.
 
-    `fresh`: every measurement gets a process of its own. `max_rounds` None = as many as asked. `home` says whose
-    weights it runs on: random checkpoints of the shapes, a trained checkpoint, or weights that are drawn on a card.
+    `fresh`: every measurement gets a process of its own. `all_at_once`: requests that are all known from the start, of
+    which `Measured.data` says the `seconds` and the `requests` [tokens in, tokens out]. `max_rounds` None = as many as
+    asked. `home` says whose weights it runs on: random checkpoints of the shapes, a trained checkpoint, or weights that
+    are drawn on a card.
     """
 
     name: ClassVar[str]
     metrics: ClassVar[tuple[Metric, ...]]
     ours_only: ClassVar[bool] = False
     fresh: ClassVar[bool] = False
+    all_at_once: ClassVar[bool] = False
     max_rounds: ClassVar[int | None] = None
     home: ClassVar[Literal["shapes", "checkpoint", "card"]] = "shapes"
 

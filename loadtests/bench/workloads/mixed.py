@@ -13,6 +13,7 @@ from loadtests.bench.workloads.base import Case, Measured, Metric, Workload
 class Mixed(Workload):
     name = "mixed"
     metrics = (Metric("tokens_per_second", "tokens/s"), Metric("requests_per_second", "requests/s", compared=False))
+    all_at_once = True
 
     def cases(self, effort: Effort) -> list[Case]:
         case = {"count": effort.mixed, "scale": effort.mixed_scale, "tuning": effort.tuning}
@@ -37,5 +38,6 @@ class Mixed(Workload):
             {
                 "tokens_per_second": prompts.tokens_out(requests) / seconds,
                 "requests_per_second": len(requests) / seconds,
-            }
+            },
+            {"seconds": seconds, "requests": [(len(one.ids), one.length) for one in requests]},
         )

@@ -13,6 +13,7 @@ from loadtests.bench.workloads.base import Case, Measured, Metric, Workload
 class Uniform(Workload):
     name = "uniform"
     metrics = (Metric("tokens_per_second", "tokens/s"),)
+    all_at_once = True
 
     def cases(self, effort: Effort) -> list[Case]:
         return [
@@ -39,4 +40,8 @@ class Uniform(Workload):
         for batch in batches:
             system.generate(batch)
         seconds = time.perf_counter() - began
-        return Measured({"tokens_per_second": sum(map(prompts.tokens_out, batches)) / seconds})
+        sizes = [(len(one.ids), one.length) for batch in batches for one in batch]
+        return Measured(
+            {"tokens_per_second": sum(map(prompts.tokens_out, batches)) / seconds},
+            {"seconds": seconds, "requests": sizes},
+        )
