@@ -10,7 +10,7 @@ the head of the queue with its tokens. The oldest always goes on, so everybody e
 
 from __future__ import annotations
 
-from collections import deque
+from collections import Counter, deque
 from dataclasses import dataclass
 
 from serve.engine.cache import CacheOperation, Pool, Room, SavedPrompts
@@ -62,6 +62,7 @@ class Scheduler:
         self.scoring: deque[ScoreJob] = deque()
         self._prompts: dict[TokenIds, Prompt] = {}
         self._started: set[str] = set()
+        self._unstarted: Counter[str] = Counter()  # requests of which nothing has begun: how much of each waits
         self._score_next = False  # whose turn: encoding or scoring
 
     @property
@@ -71,7 +72,7 @@ class Scheduler:
     @property
     def requests_waiting(self) -> int:
         """Requests of which nothing has begun yet."""
-        return len({item.request_id for item in self.waiting} - self._started)
+        return len(self._unstarted)
 
     def fits(self, prompt_tokens: int, max_tokens: int) -> bool:
         """Whether such a request could run if it were alone."""
@@ -82,11 +83,16 @@ class Scheduler:
 
     def add(self, item: Sequence | ScoreJob) -> None:
         self.waiting.append(item)
+        if item.request_id not in self._started:
+            self._unstarted[item.request_id] += 1
 
     def remove(self, item: Sequence | ScoreJob, *, clear: bool = False) -> None:
         """Take out a sequence or job wherever it is; its room is free at once. `clear`: its rows are not finite."""
         if item.prompt is None:
             self.waiting.remove(item)
+            self._unstarted[item.request_id] -= 1
+            if self._unstarted[item.request_id] <= 0:
+                del self._unstarted[item.request_id]
             return
         if isinstance(item, Sequence):
             self.running.remove(item)
@@ -181,6 +187,7 @@ class Scheduler:
             self._begin(item, prompt)
             if item.request_id not in self._started:
                 self._started.add(item.request_id)
+                del self._unstarted[item.request_id]
                 started.append(item.request_id)
         return encode, started, hits
 

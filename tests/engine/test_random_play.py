@@ -89,7 +89,10 @@ def test_nothing_is_lost(model: T5Model) -> None:
                 if engine.has_work:
                     results.take(engine.step())
                 preempted += preempted_now(engine)
-                assert engine.scheduler.room.used_bytes <= cache_bytes
+                scheduler = engine.scheduler
+                assert scheduler.room.used_bytes <= cache_bytes
+                begun = {item.request_id for item in scheduler.waiting if item.request_id in scheduler._started}
+                assert scheduler.requests_waiting == len({item.request_id for item in scheduler.waiting} - begun)
             if event.abort is not None and engine._sequences:
                 victim = list(engine._sequences)[event.abort % len(engine._sequences)]
                 engine.abort(victim)

@@ -92,6 +92,7 @@ class Paper:
         scheduler = self.scheduler
         assert scheduler.room.used_bytes == scheduler.self_pool.used_bytes + scheduler.cross_pool.used_bytes
         assert 0 <= scheduler.room.used_bytes <= scheduler.room.total_bytes
+        assert scheduler.requests_waiting == len({item.request_id for item in scheduler.waiting} - scheduler._started)
         assert not (plan.encode and plan.score)
         limit = scheduler._settings.encode_tokens_per_step
         assert plan.encode_tokens <= limit or len(plan.encode) == 1

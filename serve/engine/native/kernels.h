@@ -131,6 +131,27 @@ static void NAME(float16_rows)(int64_t add, int64_t rows, const float *x, int64_
     else NAME(float_rows)(1, 0, rows, x, x_step, w, ahead, lines, inputs, out, out_step);
 }
 
+/* out [rows, LANES * panels] = x W^T of the first of a float32 block's panels: less than a block. */
+#define NARROW(rows, panels)                                                                                          \
+    case 4 * (rows) + (panels):                                                                                       \
+        for (int p = 0; p < panels; p += MAX_PANELS == 4 ? panels : 1)                                                \
+            NAME(float_tile)(rows, MAX_PANELS == 4 ? panels : 1, 0, 0, x, x_step, weight + p * LANES * 4, NULL, 0,    \
+                             inputs, out + p * LANES, out_step);                                                      \
+        break;
+#define NARROW_ROWS(rows) NARROW(rows, 1) NARROW(rows, 2) NARROW(rows, 3)
+
+static void NAME(narrow)(int64_t panels, int64_t rows, const float *x, int64_t x_step, const char *weight,
+                         int64_t inputs, float *out, int64_t out_step) {
+    switch (4 * rows + panels) {
+        NARROW_ROWS(1)
+        NARROW_ROWS(2)
+        NARROW_ROWS(3)
+        NARROW_ROWS(4)
+        NARROW_ROWS(5)
+        NARROW_ROWS(6)
+    }
+}
+
 /* -- products with int16 weights --------------------------------------------------------------------------------------
  * Both factors are -8191..8191: weights with a scale an output, activations with one for each GROUP of a row. Sums of a
  * group are integers, so exact; those of groups are float32. A group whose largest number would cost its neighbours
@@ -692,7 +713,8 @@ static void NAME(activate_rows)(int64_t activation, int64_t gated, const float *
 
 /* -- attention within texts -------------------------------------------------------------------------------------------
  * A unit is up to ATTENTION_ROWS queries of one head of one text. Its keys are laid out as a product's weights, so are
- * its values, and two products do the rest. `line` [heads, 2 * longest - 1] is the bias of a key's distance. */
+ * its values, and two products do the rest: of the last block of keys just the panels that hold some. `line`
+ * [heads, 2 * longest - 1] is the bias of a key's distance. */
 
 static void NAME(soften)(float *score, const float *bias, int64_t length, int64_t padded) {
     for (int64_t at = 0; at < length; at++) score[at] += bias[at];
@@ -712,11 +734,13 @@ static void NAME(soften)(float *score, const float *bias, int64_t length, int64_
 
 static void NAME(attend_unit)(const Texts *t, int64_t start, int64_t length, int64_t head, int64_t first, int64_t last,
                               float *room) {
-    const int64_t d_kv = t->d_kv, blocks = (length + BLOCK - 1) / BLOCK, padded = blocks * BLOCK;
+    const int64_t d_kv = t->d_kv, padded = (length + BLOCK - 1) / BLOCK * BLOCK;
+    const int64_t wide = (length + LANES - 1) / LANES * LANES, blocks = wide / BLOCK;
+    const int64_t panels = (wide - blocks * BLOCK) / LANES;
     const int64_t parts = (d_kv + BLOCK - 1) / BLOCK;
     float *keys = room, *values = keys + padded * d_kv, *scores = values + parts * length * BLOCK;
     float *result = scores + ATTENTION_PIECE * padded;
-    for (int64_t at = 0; at < padded; at++) {
+    for (int64_t at = 0; at < wide; at++) {
         const float *key = t->k + (start + at) * t->step + head * d_kv;
         float *to = keys + at / BLOCK * d_kv * BLOCK + at % BLOCK;
         for (int64_t d = 0; d < d_kv; d++) to[d * BLOCK] = at < length ? key[d] : 0.0f;
@@ -736,8 +760,14 @@ static void NAME(attend_unit)(const Texts *t, int64_t start, int64_t length, int
         const int64_t count = last - from < ATTENTION_PIECE ? last - from : ATTENTION_PIECE;
         NAME(product)(&by_keys, t->q + (start + from) * t->step + head * d_kv, t->step, NULL, count, 0, blocks, 0,
                       scores, padded);
+        for (int64_t row = 0, some; row < count && panels > 0; row += some) {
+            some = count - row < MAX_ROWS ? count - row : MAX_ROWS;
+            NAME(narrow)(panels, some, t->q + (start + from + row) * t->step + head * d_kv, t->step,
+                         (const char *)(keys + blocks * d_kv * BLOCK), d_kv, scores + row * padded + blocks * BLOCK,
+                         padded);
+        }
         for (int64_t row = 0; row < count; row++)
-            NAME(soften)(scores + row * padded, line - (from + row), length, padded);
+            NAME(soften)(scores + row * padded, line - (from + row), length, wide);
         NAME(product)(&by_values, scores, padded, NULL, count, 0, parts, 0, result, parts * BLOCK);
         for (int64_t row = 0; row < count; row++)
             memcpy(t->out + ((start + from + row) * t->heads + head) * d_kv, result + row * parts * BLOCK,
