@@ -120,10 +120,11 @@ def test_names_of_fields_as_in_the_contract_and_as_in_json(curl: Curl) -> None:
 
 
 def test_a_stream_joins_to_the_whole(curl: Curl) -> None:
-    asked = {"mode": "MODE_COT", "instruction": "Take the last letters of Paul Maria and join them."}
+    # 200 tokens: an engine that is faster than its clients has several for each piece, on a busy machine 20 of them
+    asked = {"mode": "MODE_COT", "instruction": "Take the last letters of Paul Maria and join them.", "minTokens": 200}
     [whole] = curl.ask("Generate", asked)
     *deltas, final = curl.ask("GenerateStream", asked)
-    assert len(deltas) > 1  # an engine that is faster than its clients has several tokens for each
+    assert len(deltas) > 1
     assert "".join(event["delta"].get("text", "") for event in deltas) == whole["outputs"][0]["text"]
     assert [event["delta"].get("finishReason") for event in deltas] == [None] * (len(deltas) - 1) + [
         "FINISH_REASON_STOP"

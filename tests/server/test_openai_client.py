@@ -23,6 +23,7 @@ COMPLETIONS: dict[str, Any] = {"model": "flan-demo", "prompt": LETTERS, "tempera
 CHAT: dict[str, Any] = {
     "model": "flan-demo", "messages": [{"role": "user", "content": LETTERS}], "temperature": 0,
 }  # fmt: skip
+LONG_CHAT: dict[str, Any] = {**CHAT, "extra_body": {"min_tokens": 200}}  # a busy machine streams 20 tokens as one piece
 ROUTES = {"completions.create": COMPLETIONS, "chat.completions.create": CHAT}
 
 
@@ -220,17 +221,17 @@ async def test_the_client_gathers_a_stream_of_chat_by_its_own_rules(client: Clie
     """`chat.completions.stream` folds the chunks itself, and is strict about their order."""
 
     def gathered() -> Any:
-        with client.openai.chat.completions.stream(**CHAT) as events:
+        with client.openai.chat.completions.stream(**LONG_CHAT) as events:
             kinds = [event.type for event in events]
             return kinds, events.get_final_completion()
 
     if isinstance(client.openai, openai.AsyncOpenAI):
-        async with client.openai.chat.completions.stream(**CHAT) as events:
+        async with client.openai.chat.completions.stream(**LONG_CHAT) as events:
             kinds = [event.type async for event in events]
             folded: Any = await events.get_final_completion()
     else:
         kinds, folded = await asyncio.to_thread(gathered)
-    whole = await client.ask("chat.completions.create", **CHAT)
+    whole = await client.ask("chat.completions.create", **LONG_CHAT)
     assert folded.choices[0].message.content == whole.choices[0].message.content
     assert folded.choices[0].finish_reason == "stop"
     assert kinds.count("content.delta") > 1
