@@ -11,10 +11,11 @@ from itertools import groupby
 import torch
 from torch import Tensor
 
+from serve.engine.cache_tensors import CacheTensors
 from serve.engine.cached_attention import CachedAttention, cached_attention
 from serve.engine.layers import RelativeBias
 from serve.engine.sequence import Prompt, Sequence
-from serve.engine.slabs import CacheTensors, Slabs
+from serve.engine.slabs import Slabs
 
 _SHARED_WIDTH = 4  # prompts with more sequences than this get a call of their own, not padding for all the others
 

@@ -1,69 +1,33 @@
-"""The cache's tensors where each row is read by its address: every row has memory of its own.
+"""A pool's rows where each is read by its address: every row has memory of its own.
 
 Growing and shrinking copy nothing, and neither does a row that moves into a hole: its memory changes hands.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 
 import torch
 from torch import Tensor
 
-_KEPT_SHARE, _MOST_KEPT = 8, 128 << 20  # bytes that are kept although no row uses them: 1/8 of the budget, or less
-
-
-class SpareRows:
-    """Memory of rows that nobody uses, kept within bounds for the next ones, of any pool.
-
-    Fresh memory is slow: the system clears it, page by page, as it is touched.
-    """
-
-    def __init__(self, layers: int, heads: int, d_kv: int, *, dtype: torch.dtype, max_bytes: int) -> None:
-        """`max_bytes` is the budget of all rows."""
-        self.shape = (layers, heads, d_kv)
-        self.dtype = dtype
-        self._most_bytes = min(max_bytes // _KEPT_SHARE, _MOST_KEPT)
-        self._kept: dict[int, list[Tensor]] = {}  # by capacity, the one that was given last at the end
-        self.kept_bytes = 0
-
-    def take(self, capacity: int) -> Tensor:
-        """A row [layers, 2 (keys, values), heads, capacity, d_kv] with anything in it."""
-        kept = self._kept.get(capacity)
-        if not kept:
-            layers, heads, d_kv = self.shape
-            return torch.empty(layers, 2, heads, capacity, d_kv, dtype=self.dtype)
-        row = kept.pop()
-        self.kept_bytes -= row.nbytes
-        return row
-
-    def give(self, row: Tensor) -> None:
-        """Keep a row; capacities that nobody gave for longest make room for it."""
-        capacity = row.shape[3]
-        kept = self._kept.pop(capacity, [])
-        kept.append(row)
-        self._kept[capacity] = kept
-        self.kept_bytes += row.nbytes
-        while self.kept_bytes > self._most_bytes:
-            oldest = next(iter(self._kept))
-            if not self._kept[oldest]:
-                del self._kept[oldest]
-                continue
-            self.kept_bytes -= self._kept[oldest].pop().nbytes
+from serve.engine.spare_memory import SpareMemory
 
 
 class RowTensors:
-    """One pool's rows by capacity: implements serve.engine.slabs.Rows."""
+    """One pool's rows by capacity: implements serve.engine.cache_tensors.Rows."""
 
-    def __init__(self, spare: SpareRows) -> None:
+    def __init__(self, layers: int, heads: int, d_kv: int, *, dtype: torch.dtype, spare: SpareMemory) -> None:
+        self._shape = (layers, heads, d_kv)
+        self._dtype = dtype
         self._spare = spare
         self._rows: dict[int, list[Tensor]] = {}
         self.addresses: dict[int, list[int]] = {}  # where the rows of a capacity are, in their order
 
     @property
     def bytes_per_token(self) -> int:
-        layers, heads, d_kv = self._spare.shape
-        return layers * 2 * heads * d_kv * self._spare.dtype.itemsize
+        layers, heads, d_kv = self._shape
+        return layers * 2 * heads * d_kv * self._dtype.itemsize
 
     @property
     def allocated_bytes(self) -> int:
@@ -76,7 +40,7 @@ class RowTensors:
 
     def steps(self, capacity: int) -> tuple[int, int, int]:
         """Numbers from a row's layer, kind and head to the next one."""
-        _, heads, d_kv = self._spare.shape
+        _, heads, d_kv = self._shape
         head = capacity * d_kv
         return 2 * heads * head, heads * head, head
 
@@ -84,7 +48,7 @@ class RowTensors:
         """Have at least `rows` rows of `capacity`."""
         present = self._rows.setdefault(capacity, [])
         while len(present) < rows:
-            present.append(self._spare.take(capacity))
+            present.append(self._made(capacity))
             self.addresses.setdefault(capacity, []).append(present[-1].data_ptr())
 
     def move(self, capacity: int, source: int, target: int) -> None:
@@ -99,10 +63,15 @@ class RowTensors:
         for capacity, present in list(self._rows.items()):
             used = used_rows.get(capacity, 0)
             while len(present) > used:
-                self._spare.give(present.pop())
+                self._spare.give(present.pop().view(-1).view(torch.uint8))
                 self.addresses[capacity].pop()
             if used == 0:
                 del self._rows[capacity]
                 self.addresses.pop(capacity, None)
         for capacity, rows in used_rows.items():
             self.reserve(capacity, rows)
+
+    def _made(self, capacity: int) -> Tensor:
+        layers, heads, d_kv = self._shape
+        shape = (layers, 2, heads, capacity, d_kv)
+        return self._spare.take(math.prod(shape) * self._dtype.itemsize).view(self._dtype).view(shape)

@@ -11,15 +11,17 @@ from typing import Protocol, TypeVar
 import torch
 from torch import Tensor
 
+from serve.engine.cache_tensors import CacheTensors
 from serve.engine.decode_batch import DecodeBatch
 from serve.engine.model import T5Model
 from serve.engine.native.decoder import NativeDecoder
-from serve.engine.row_tensors import RowTensors, SpareRows
+from serve.engine.row_tensors import RowTensors
 from serve.engine.sampler import BestTokens, Sampled, sample, wants_best_only
 from serve.engine.scheduler import ScoreChunk, StepPlan
 from serve.engine.scoring import score_candidates
 from serve.engine.sequence import Prompt
-from serve.engine.slabs import CacheTensors, SlabLimit, Slabs
+from serve.engine.slabs import SlabLimit, Slabs
+from serve.engine.spare_memory import SpareMemory
 from serve.engine.thread_choice import ThreadChoice
 
 Decoded = TypeVar("Decoded")
@@ -65,13 +67,13 @@ class ModelRunner:
         self._states: Callable[[StepPlan], Tensor]  # one decoder position of all that decode: [sequences, d_model]
         shape, dtype = (config.num_decoder_layers, config.num_heads, config.d_kv), model.cache_dtype
         if model.native_decoder is not None:
-            spare = SpareRows(*shape, dtype=dtype, max_bytes=cache_bytes)
-            rows = CacheTensors(RowTensors(spare), RowTensors(spare))
+            spare = SpareMemory(cache_bytes)
+            rows = CacheTensors(*(RowTensors(*shape, dtype=dtype, spare=spare) for _ in ("self", "cross")))
             self.cache, self._states = rows, partial(_native_states, model.native_decoder, rows)
         else:
             limit = SlabLimit(cache_bytes)
-            own, cross = (Slabs(*shape, device=model.device, dtype=dtype, limit=limit) for _ in ("self", "cross"))
-            slabs = CacheTensors(own, cross)
+            pools = (Slabs(*shape, device=model.device, dtype=dtype, limit=limit) for _ in ("self", "cross"))
+            slabs = CacheTensors(*pools)
             self.cache, self._states = slabs, partial(_states, model, slabs)
 
     def prepare(self, plan: StepPlan) -> None:

@@ -23,8 +23,9 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
+from serve.engine.cache_tensors import CacheTensors
 from serve.engine.sequence import Prompt, Sequence
-from serve.engine.slabs import CacheTensors, Slabs
+from serve.engine.slabs import Slabs
 
 IMPLEMENTATION = "flan_cached"  # the name transformers knows `attend` by
 _SHARED_WIDTH = 4  # prompts with more sequences than this get a product of their own, not padding for the others

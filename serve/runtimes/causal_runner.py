@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from serve.engine.cache_tensors import CacheTensors
 from serve.engine.config import EngineSettings
 from serve.engine.engine import Engine
 from serve.engine.runner import Runner
@@ -20,7 +21,7 @@ from serve.engine.sampler import Sampled, finite_logprob, sample
 from serve.engine.scheduler import ScoreChunk, StepPlan
 from serve.engine.scoring import NotFinite
 from serve.engine.sequence import Prompt, Sequence, TokenIds
-from serve.engine.slabs import CacheTensors, SlabLimit, Slabs
+from serve.engine.slabs import SlabLimit, Slabs
 from serve.output import FinishReason, TokenLogprob
 from serve.runtimes.causal_attention import DecodeAttention, ForcedAttention, PrefillAttention
 from serve.runtimes.causal_model import CausalModel

@@ -1,23 +1,20 @@
-"""Rows with memory of their own: nothing is copied that need not be, and what is kept for later has bounds."""
+"""Rows with memory of their own: nothing is copied that need not be."""
 
 from __future__ import annotations
 
 import torch
 
 from serve.engine.cache import CopyRow
-from serve.engine.row_tensors import RowTensors, SpareRows
-from serve.engine.slabs import CacheTensors
+from serve.engine.cache_tensors import CacheTensors
+from serve.engine.row_tensors import RowTensors
+from serve.engine.spare_memory import SpareMemory
 
 LAYERS, HEADS, D_KV = 2, 3, 16
 TOKEN_BYTES = LAYERS * 2 * HEADS * D_KV * 2
 
 
-def spare_of(max_bytes: int = 1 << 30) -> SpareRows:
-    return SpareRows(LAYERS, HEADS, D_KV, dtype=torch.float16, max_bytes=max_bytes)
-
-
-def pool_of(used: dict[int, int], max_bytes: int = 1 << 30) -> RowTensors:
-    rows = RowTensors(spare_of(max_bytes))
+def pool_of(used: dict[int, int], spare: SpareMemory | None = None) -> RowTensors:
+    rows = RowTensors(LAYERS, HEADS, D_KV, dtype=torch.float16, spare=spare or SpareMemory(1 << 30))
     rows.settle(used)
     return rows
 
@@ -71,25 +68,11 @@ def test_a_row_that_grows_is_copied() -> None:
 
 
 def test_memory_goes_from_one_pool_to_the_other() -> None:
-    spare = spare_of()
-    own, cross = RowTensors(spare), RowTensors(spare)
-    own.settle({16: 2})
+    spare = SpareMemory(1 << 30)
+    own, cross = pool_of({16: 2}, spare), pool_of({}, spare)
     given = set(own.addresses[16])
     own.settle({})
     assert spare.kept_bytes == 2 * 16 * TOKEN_BYTES
     cross.settle({16: 2})
     assert set(cross.addresses[16]) == given
     assert spare.kept_bytes == 0
-
-
-def test_spare_memory_is_an_eighth_of_the_budget_at_most_and_the_oldest_goes_first() -> None:
-    budget = 8 * 4 * 16 * TOKEN_BYTES  # four rows of 16 are an eighth of it
-    rows = pool_of({16: 3, 32: 2}, max_bytes=budget)
-    rows.settle({32: 2})
-    assert rows._spare.kept_bytes == 3 * 16 * TOKEN_BYTES
-    rows.settle({})
-    assert rows._spare.kept_bytes == 4 * 16 * TOKEN_BYTES
-    assert {capacity: len(kept) for capacity, kept in rows._spare._kept.items() if kept} == {32: 2}
-    rows.settle({512: 1})
-    rows.settle({})  # larger than all that may be kept
-    assert rows._spare.kept_bytes <= budget // 8

@@ -14,12 +14,12 @@ import torch
 from torch import Tensor
 
 from serve.engine.cache import MIN_CAPACITY
+from serve.engine.cache_tensors import CacheTensors
 from serve.engine.config import ModelConfig
 from serve.engine.native.library import ACTIVATIONS, LayerTable, Level, ModelTable, ScratchTable, address, level, loaded
 from serve.engine.native.linear import BLOCK, NativeLinear, room_for_quantized, whole_blocks
 from serve.engine.row_tensors import RowTensors
 from serve.engine.sequence import Sequence
-from serve.engine.slabs import CacheTensors
 
 _LANES, _MAX_D_KV = 16, 256
 _LEAST_SCORES = 512  # positions that there is room for from the start

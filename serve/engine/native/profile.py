@@ -26,7 +26,9 @@ _busy = False
 
 @contextmanager
 def profiled() -> Iterator[Profile]:
-    """Fill in, at its end, a profile of what the kernels do meanwhile; costs less than 1 %.
+    """Fill in, at its end, a profile of what the kernels do meanwhile.
+
+    The clock took between 0 and 1 % of batches of 1, and nothing measurable of 32 (Flan-T5-small, pairs of runs).
 
     Raises:
         RuntimeError: there is another one.
