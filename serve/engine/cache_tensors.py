@@ -7,18 +7,31 @@ that read addresses).
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from typing import Generic, Protocol, TypeVar
 
+import torch
 from torch import Tensor
 
 from serve.engine.cache import CacheOperation, ClearRow, CopyRow, ForgetSaved, RestoreRow, SaveRow
 
 
-class Rows(Protocol):
-    """One pool's tensors: its rows by capacity, numbered from 0."""
+@dataclass(frozen=True, slots=True)
+class RowShape:
+    """What every row of a model's cache has, of either pool: keys and values of `layers` layers, by head."""
+
+    layers: int
+    heads: int
+    d_kv: int
+    dtype: torch.dtype
 
     @property
-    def bytes_per_token(self) -> int: ...
+    def bytes_per_token(self) -> int:
+        return self.layers * 2 * self.heads * self.d_kv * self.dtype.itemsize
+
+
+class Rows(Protocol):
+    """One pool's tensors: its rows by capacity, numbered from 0."""
 
     @property
     def allocated_bytes(self) -> int: ...

@@ -66,7 +66,7 @@ def make_engine(model: T5Model, settings: EngineSettings, runner: Runner[Any] | 
     if runner is None:
         runner = make_runner(model, settings)
     config = model.config
-    bytes_per_token = config.num_decoder_layers * 2 * config.inner * model.cache_dtype.itemsize
+    bytes_per_token = model.cache_row.bytes_per_token
     return Engine(
         runner,
         settings,

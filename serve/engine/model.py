@@ -17,6 +17,7 @@ import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
 from serve.engine.attention import RaggedAttend, RaggedAttention
+from serve.engine.cache_tensors import RowShape
 from serve.engine.layers import Activation, Linear, RelativeBias, RmsNorm, WeightFormat, make_linear
 from serve.engine.native.attention import NativeRaggedAttention
 from serve.engine.native.decoder import LayerWeights, NativeDecoder
@@ -121,7 +122,8 @@ class T5Model:
         self._native = native and NativeDecoder.fits(config)
         layers = self._native_layers() if self._native else None
         # Keys and values are stored as the weights are, at least with float16's precision.
-        self.cache_dtype = dtype if layers is None or weights == "plain" else torch.float16
+        cache_dtype = dtype if layers is None or weights == "plain" else torch.float16
+        self.cache_row = RowShape(config.num_decoder_layers, config.num_heads, config.d_kv, cache_dtype)
         self.native_decoder = None if layers is None else self._native_decoder(layers)
         self.native_encoder = self._native_encoder() if self._native else None
 
@@ -232,7 +234,7 @@ class T5Model:
             embedding=self._embedding,
             bias=self.encoder_bias,
             final_norm=self._encoder_norm.weight,
-            cache_dtype=self.cache_dtype,
+            cache_dtype=self.cache_row.dtype,
         )
 
     def _native_layers(self) -> list[LayerWeights] | None:
@@ -253,7 +255,7 @@ class T5Model:
             embedding=self._embedding,
             bias=self.decoder_bias.before(),
             final_norm=self._decoder_norm.weight,
-            cache_dtype=self.cache_dtype,
+            cache_dtype=self.cache_row.dtype,
         )
 
 

@@ -5,33 +5,27 @@ Growing and shrinking copy nothing, and neither does a row that moves into a hol
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 
 import torch
 from torch import Tensor
 
+from serve.engine.cache_tensors import RowShape
 from serve.engine.spare_memory import SpareMemory
 
 
 class RowTensors:
     """One pool's rows by capacity: implements serve.engine.cache_tensors.Rows."""
 
-    def __init__(self, layers: int, heads: int, d_kv: int, *, dtype: torch.dtype, spare: SpareMemory) -> None:
-        self._shape = (layers, heads, d_kv)
-        self._dtype = dtype
+    def __init__(self, shape: RowShape, *, spare: SpareMemory) -> None:
+        self._shape = shape
         self._spare = spare
         self._rows: dict[int, list[Tensor]] = {}
         self.addresses: dict[int, list[int]] = {}  # where the rows of a capacity are, in their order
 
     @property
-    def bytes_per_token(self) -> int:
-        layers, heads, d_kv = self._shape
-        return layers * 2 * heads * d_kv * self._dtype.itemsize
-
-    @property
     def allocated_bytes(self) -> int:
-        return sum(len(rows) * capacity * self.bytes_per_token for capacity, rows in self._rows.items())
+        return sum(len(rows) * capacity * self._shape.bytes_per_token for capacity, rows in self._rows.items())
 
     def row(self, capacity: int, row: int) -> Tensor:
         """One row: [layers, 2, heads, capacity, d_kv]."""
@@ -40,9 +34,9 @@ class RowTensors:
 
     def steps(self, capacity: int) -> tuple[int, int, int]:
         """Numbers from a row's layer, kind and head to the next one."""
-        _, heads, d_kv = self._shape
-        head = capacity * d_kv
-        return 2 * heads * head, heads * head, head
+        head = capacity * self._shape.d_kv
+        layer_kind = self._shape.heads * head
+        return 2 * layer_kind, layer_kind, head
 
     def reserve(self, capacity: int, rows: int) -> None:
         """Have at least `rows` rows of `capacity`."""
@@ -72,6 +66,6 @@ class RowTensors:
             self.reserve(capacity, rows)
 
     def _made(self, capacity: int) -> Tensor:
-        layers, heads, d_kv = self._shape
-        shape = (layers, 2, heads, capacity, d_kv)
-        return self._spare.take(math.prod(shape) * self._dtype.itemsize).view(self._dtype).view(shape)
+        row = self._shape
+        memory = self._spare.take(capacity * row.bytes_per_token)
+        return memory.view(row.dtype).view(row.layers, 2, row.heads, capacity, row.d_kv)

@@ -59,20 +59,18 @@ class ModelRunner:
 
     def __init__(self, model: T5Model, *, cache_bytes: int, thread_worth_seconds: float = 0.0) -> None:
         """`thread_worth_seconds`: see EngineSettings."""
-        config = model.config
         self._model = model
         on_cpu = model.device.type == "cpu"
         self._threads = ThreadChoice.of(model, worth_seconds=thread_worth_seconds) if on_cpu else None
         self.cache: CacheTensors[RowTensors] | CacheTensors[Slabs]
         self._states: Callable[[StepPlan], Tensor]  # one decoder position of all that decode: [sequences, d_model]
-        shape, dtype = (config.num_decoder_layers, config.num_heads, config.d_kv), model.cache_dtype
         if model.native_decoder is not None:
             spare = SpareMemory(cache_bytes)
-            rows = CacheTensors(*(RowTensors(*shape, dtype=dtype, spare=spare) for _ in ("self", "cross")))
+            rows = CacheTensors(*(RowTensors(model.cache_row, spare=spare) for _ in ("self", "cross")))
             self.cache, self._states = rows, partial(_native_states, model.native_decoder, rows)
         else:
             limit = SlabLimit(cache_bytes)
-            pools = (Slabs(*shape, device=model.device, dtype=dtype, limit=limit) for _ in ("self", "cross"))
+            pools = (Slabs(model.cache_row, device=model.device, limit=limit) for _ in ("self", "cross"))
             slabs = CacheTensors(*pools)
             self.cache, self._states = slabs, partial(_states, model, slabs)
 
@@ -89,7 +87,7 @@ class ModelRunner:
             self._model.native_encoder(token_ids, lengths, [self._cross_row(prompt) for prompt in prompts])
             return
         states = self._model.encode(token_ids, lengths)
-        narrow = torch.finfo(torch.float16) if self._model.cache_dtype is torch.float16 else None
+        narrow = torch.finfo(torch.float16) if self._model.cache_row.dtype is torch.float16 else None
         for layer, keys_values in enumerate(self._model.cross_keys_values(states)):
             if narrow is not None:  # what is beyond float16 becomes its largest number, as in the decode step
                 keys_values.clamp_(narrow.min, narrow.max)

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 
 import torch
 from torch import Tensor
 
+from serve.engine.cache_tensors import RowShape
 from serve.engine.spare_memory import SpareMemory
 
 _SHRINK_BELOW = 4  # a slab gives memory back when fewer than 1/4 of its rows are in use
@@ -51,28 +51,13 @@ class Slabs:
     below `limit.max_bytes`; beyond that it grows by an eighth.
     """
 
-    def __init__(
-        self,
-        layers: int,
-        heads: int,
-        d_kv: int,
-        *,
-        device: torch.device,
-        dtype: torch.dtype,
-        limit: SlabLimit,
-    ) -> None:
-        self._shape = (layers, heads, d_kv)
+    def __init__(self, shape: RowShape, *, device: torch.device, limit: SlabLimit) -> None:
+        self._shape = shape
         self._device = device
-        self._dtype = dtype
         self._limit = limit
         limit.slabs.append(self)
         self._slabs: dict[int, Tensor] = {}
         self._memory: dict[int, Tensor] = {}  # what each slab lies in
-
-    @property
-    def bytes_per_token(self) -> int:
-        layers, heads, d_kv = self._shape
-        return layers * 2 * heads * d_kv * self._dtype.itemsize
 
     @property
     def allocated_bytes(self) -> int:
@@ -96,7 +81,7 @@ class Slabs:
         present = self._slabs[capacity].shape[2] if capacity in self._slabs else 0
         if rows <= present:
             return
-        spare = self._limit.spare_bytes // (capacity * self.bytes_per_token)
+        spare = self._limit.spare_bytes // (capacity * self._shape.bytes_per_token)
         self._resize(capacity, max(rows, present + min(present, max(spare, present // 8))))
 
     def move(self, capacity: int, source: int, target: int) -> None:
@@ -116,11 +101,10 @@ class Slabs:
             self.reserve(capacity, rows)
 
     def _resize(self, capacity: int, rows: int) -> None:
-        layers, heads, d_kv = self._shape
-        shape = (layers, 2, rows, heads, capacity, d_kv)
-        num_bytes = math.prod(shape) * self._dtype.itemsize
+        row = self._shape
+        num_bytes = rows * capacity * row.bytes_per_token
         memory = self._limit.take(num_bytes, self._device)
-        slab = memory[:num_bytes].view(self._dtype).view(shape)
+        slab = memory[:num_bytes].view(row.dtype).view(row.layers, 2, rows, row.heads, capacity, row.d_kv)
         old = self._slabs.get(capacity)
         kept = 0 if old is None else min(rows, old.shape[2])
         if old is not None:

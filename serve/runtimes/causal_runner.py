@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from serve.engine.cache_tensors import CacheTensors
+from serve.engine.cache_tensors import CacheTensors, RowShape
 from serve.engine.config import EngineSettings
 from serve.engine.engine import Engine
 from serve.engine.runner import Runner
@@ -29,6 +29,10 @@ from serve.runtimes.causal_model import CausalModel
 _LOGIT_ROWS = 64  # rows of the head at a time when scoring: 64 x 151,936 float32 are 39 MB
 
 
+def _row_shape(model: CausalModel) -> RowShape:
+    return RowShape(model.dims.layers, model.dims.kv_heads, model.dims.head_dim, model.dtype)
+
+
 class CausalRunner:
     """A decoder-only model and its cache tensors on one device; see serve.engine.runner.Runner.
 
@@ -37,13 +41,9 @@ class CausalRunner:
     """
 
     def __init__(self, model: CausalModel, *, cache_bytes: int) -> None:
-        dims = model.dims
         self._model = model
         limit = SlabLimit(cache_bytes)
-        pools = (
-            Slabs(dims.layers, dims.kv_heads, dims.head_dim, device=model.device, dtype=model.dtype, limit=limit)
-            for _ in ("self", "cross")
-        )
+        pools = (Slabs(_row_shape(model), device=model.device, limit=limit) for _ in ("self", "cross"))
         self.cache = CacheTensors(*pools)
         self.wanted: dict[str, int] = {}
         self.details: dict[str, tuple[TokenLogprob, ...]] = {}
@@ -141,7 +141,7 @@ class CausalEngine(Engine):
 
     def __init__(self, runner: Runner[Any], settings: EngineSettings, model: CausalModel) -> None:
         dims = model.dims
-        bytes_per_token = dims.layers * 2 * dims.kv_heads * dims.head_dim * model.dtype.itemsize
+        bytes_per_token = _row_shape(model).bytes_per_token
         eos = dims.eos_token_ids or (-1,)
         super().__init__(
             runner,

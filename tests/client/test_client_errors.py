@@ -133,7 +133,9 @@ async def test_cancelling_the_task_cancels_the_call(transport: str) -> None:
             await asyncio.sleep(0.01)
         task.cancel()
         await asyncio.gather(task, return_exceptions=True)
+        assert task.cancelled()
         await is_idle(s)
+        assert runtime.tokens_made < 500
 
 
 @pytest.mark.parametrize("transport", TRANSPORTS)

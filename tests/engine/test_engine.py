@@ -296,7 +296,7 @@ def test_memory_follows_use(model: T5Model) -> None:
     engine = engine_of(model, runner)
     engine.add("short", [PROMPT], SamplingParams(max_tokens=100, ignore_eos=True))
     engine.step()
-    token_bytes = runner.cache.self_rows.bytes_per_token
+    token_bytes = model.cache_row.bytes_per_token
     assert runner.cache.cross_rows.allocated_bytes == 16 * token_bytes
     assert runner.cache.self_rows.allocated_bytes == 16 * token_bytes
     for number in range(20):

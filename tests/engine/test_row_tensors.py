@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from serve.engine.cache import CopyRow
-from serve.engine.cache_tensors import CacheTensors
+from serve.engine.cache_tensors import CacheTensors, RowShape
 from serve.engine.row_tensors import RowTensors
 from serve.engine.spare_memory import SpareMemory
 
@@ -14,7 +14,7 @@ TOKEN_BYTES = LAYERS * 2 * HEADS * D_KV * 2
 
 
 def pool_of(used: dict[int, int], spare: SpareMemory | None = None) -> RowTensors:
-    rows = RowTensors(LAYERS, HEADS, D_KV, dtype=torch.float16, spare=spare or SpareMemory(1 << 30))
+    rows = RowTensors(RowShape(LAYERS, HEADS, D_KV, torch.float16), spare=spare or SpareMemory(1 << 30))
     rows.settle(used)
     return rows
 
@@ -28,7 +28,6 @@ def test_rows_are_where_their_addresses_and_steps_say() -> None:
             assert row.shape == (LAYERS, 2, HEADS, capacity, D_KV)
             assert row.data_ptr() == address
             assert row.stride() == (*rows.steps(capacity), D_KV, 1)
-    assert rows.bytes_per_token == TOKEN_BYTES
     assert rows.allocated_bytes == (3 * 16 + 64) * TOKEN_BYTES
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from serve.engine.cache_tensors import RowShape
 from serve.engine.slabs import SlabLimit, Slabs
 
 LAYERS, HEADS, D_KV = 2, 3, 16
@@ -12,7 +13,7 @@ TOKEN_BYTES = LAYERS * 2 * HEADS * D_KV * 4
 
 
 def slabs_of(limit: SlabLimit) -> Slabs:
-    return Slabs(LAYERS, HEADS, D_KV, device=torch.device("cpu"), dtype=torch.float32, limit=limit)
+    return Slabs(RowShape(LAYERS, HEADS, D_KV, torch.float32), device=torch.device("cpu"), limit=limit)
 
 
 def test_a_slab_that_grows_or_shrinks_keeps_its_rows() -> None:

@@ -138,7 +138,7 @@ def test_a_broken_prompt_harms_nobody_else(small_folder: Path) -> None:
 def test_keys_beyond_float16_are_its_largest(small_folder: Path) -> None:
     """A half cache narrows, and does not make infinities of finite numbers."""
     model = load_model(small_folder, device=CPU, dtype=torch.float32, weights="float16", vocab_limit=380)
-    assert model.cache_dtype is torch.float16
+    assert model.cache_row.dtype is torch.float16
     (prompt,) = random_prompts((12,), 380)
     runner = Recording(model)
     runner._model.cross_keys_values = lambda states: iter(  # type: ignore[method-assign]
@@ -155,6 +155,6 @@ def test_what_the_kernels_do_not_take_goes_through_torch(tmp_path: Path) -> None
     folder = make_t5_checkpoint(tmp_path, dims={"d_kv": 24})
     model = load_model(folder, device=CPU, dtype=torch.float32)
     assert model.native_decoder is None
-    assert model.cache_dtype is torch.float32
+    assert model.cache_row.dtype is torch.float32
     (prompt,) = random_prompts((12,), 380)
     assert len(greedy(model, [prompt], 4)[0][0]) == 4

@@ -42,7 +42,7 @@ def cache_for(model: T5Model, lengths: tuple[int, ...]) -> Tensor:
     return torch.full(
         (config.num_decoder_layers, 2, len(lengths), config.num_heads, max(lengths) + 7, config.d_kv),
         torch.nan,
-        dtype=model.cache_dtype,
+        dtype=model.cache_row.dtype,
     )
 
 
@@ -72,7 +72,7 @@ def test_states_keys_and_values_are_those_of_torch(
     for layer, keys_values in enumerate(model.cross_keys_values(states)):
         parts = torch.split(keys_values.permute(1, 2, 0, 3), list(LENGTHS), dim=2)
         for row, part in zip(rows, parts, strict=True):
-            assert torch.equal(row[layer], part.to(model.cache_dtype))
+            assert torch.equal(row[layer], part.to(model.cache_row.dtype))
     for number, length in enumerate(LENGTHS):
         assert bool(cache[:, :, number, :, length:].isnan().all())
 
@@ -134,7 +134,7 @@ def test_layers_of_several_kinds_stand_beside_each_other(small_folder: Path, mon
     rows = rows_for(model, (40,))
     states = encoder_of(model)(torch.tensor(prompt), [40], rows)
     for layer, keys_values in enumerate(model.cross_keys_values(states)):
-        assert torch.equal(rows[0][layer], keys_values.permute(1, 2, 0, 3).to(model.cache_dtype))
+        assert torch.equal(rows[0][layer], keys_values.permute(1, 2, 0, 3).to(model.cache_row.dtype))
 
 
 def test_rows_that_the_kernel_would_misread_are_refused(small_folder: Path) -> None:
