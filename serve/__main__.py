@@ -87,7 +87,9 @@ async def serve(settings: Settings) -> int:
             print(f"flan-serve: {error}", file=sys.stderr)
             code = EXIT_CHECKPOINT
         else:
-            print(ready_line(settings, service, rest_port, rpc_port), flush=True)
+            # One write: `print` makes two of it where Python is unbuffered, and others may write to the same pipe.
+            sys.stdout.write(ready_line(settings, service, rest_port, rpc_port) + "\n")
+            sys.stdout.flush()
             await stop_asked
     clock = asyncio.get_running_loop().time
     grace_ends = clock() + settings.shutdown_grace_seconds

@@ -11,6 +11,7 @@ import threading
 import time
 from pathlib import Path
 from types import TracebackType
+from typing import IO
 
 from tests.engine.checkpoints import make_t5_checkpoint
 from tests.service.toy_tokenizers import t5_like_spec
@@ -29,7 +30,8 @@ def make_checkpoint(folder: Path, *, seed: int = 0) -> Path:
 class ServerProcess:
     """`python -m serve` on free ports; `with` waits for the ready line and ends it with SIGTERM.
 
-    `lines` is everything it printed so far (both streams), `rest_url` and `grpc_target` where it listens.
+    `lines` is everything it printed so far, on both streams; the ready line counts on standard output alone.
+    `rest_url` and `grpc_target` are where it listens.
     """
 
     def __init__(
@@ -49,22 +51,32 @@ class ServerProcess:
         self.process = subprocess.Popen(
             [sys.executable, "-m", "serve", "--port", "0", "--grpc-port", "0", *argv],
             stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
+            stderr=subprocess.PIPE,
             text=True,
             env={**kept, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", **({} if env is None else env)},
         )
-        self._reader = threading.Thread(target=self._read, daemon=True)
-        self._reader.start()
-
-    def _read(self) -> None:
         assert self.process.stdout is not None
-        for line in self.process.stdout:
+        assert self.process.stderr is not None
+        self._pipes = (self.process.stdout, self.process.stderr)
+        self._readers = [
+            threading.Thread(target=read, args=(pipe,), daemon=True)
+            for read, pipe in zip((self._read_output, self._read_errors), self._pipes, strict=True)
+        ]
+        for reader in self._readers:
+            reader.start()
+
+    def _read_output(self, pipe: IO[str]) -> None:
+        for line in pipe:
             self.lines.append(line.rstrip("\n"))
             found = _READY.match(self.lines[-1])
             if found:
                 self.rest_url, self.grpc_target, self.model, _ = found.groups()
                 self._ready.set()
         self._ready.set()
+
+    def _read_errors(self, pipe: IO[str]) -> None:
+        for line in pipe:
+            self.lines.append(line.rstrip("\n"))
 
     def __enter__(self) -> ServerProcess:
         if self._wait and not (self._ready.wait(self._start_seconds) and self.rest_url):
@@ -82,9 +94,9 @@ class ServerProcess:
             except subprocess.TimeoutExpired:
                 self.process.kill()
                 self.process.wait()
-        self._reader.join(5)
-        assert self.process.stdout is not None
-        self.process.stdout.close()
+        for reader, pipe in zip(self._readers, self._pipes, strict=True):
+            reader.join(5)
+            pipe.close()
 
     def signal(self, number: int) -> None:
         self.process.send_signal(number)

@@ -3,7 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
+import re
 import signal
+import socket
+import subprocess
+import sys
 import threading
 import time
 import tomllib
@@ -31,6 +36,25 @@ def test_the_ready_line_says_where(server: ServerProcess) -> None:
         stub = health_pb2_grpc.HealthStub(channel)
         answer = stub.Check(health_pb2.HealthCheckRequest(service="flan.v1.FlanService"), timeout=5)
     assert answer.status == health_pb2.HealthCheckResponse.SERVING
+
+
+def test_the_ready_line_is_one_write_and_all_of_the_output() -> None:
+    """Where a pipe is shared, nobody's text can get into the line; Python is unbuffered, as in our image."""
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)  # keeps writes apart
+    command = [sys.executable, "-u", "-m", "serve", "--port", "0", "--grpc-port", "0"]
+    environ = {name: text for name, text in os.environ.items() if not name.startswith("FLAN_SERVE_")}
+    with ours, subprocess.Popen(command, stdout=theirs.fileno(), stderr=subprocess.DEVNULL, env=environ) as process:
+        theirs.close()
+        ours.settimeout(60)
+        try:
+            line = ours.recv(4096)
+            process.send_signal(signal.SIGTERM)
+            after = ours.recv(4096)
+        finally:
+            process.kill()
+    address = rb"127\.0\.0\.1:\d+"
+    assert re.fullmatch(rb"ready rest=http://%b grpc=%b model=flan-demo runtime=torch\n" % (address, address), line)
+    assert after == b""
 
 
 def test_sigterm_lets_running_requests_finish_and_refuses_new_ones(checkpoint_folder: Path) -> None:
