@@ -73,6 +73,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--max-running-sequences", type=int, default=64, help="sequences our engine decodes at a time (default: 64)"
     )
     parser.add_argument(
+        "--encode-tokens-per-step",
+        type=int,
+        default=2048,
+        help="prompt tokens our engine encodes between two decode steps (default: 2048; a server's is 512, "
+        "for shorter pauses)",
+    )
+    parser.add_argument(
         "--seed", type=int, default=0, help="seed of weights, prompts and arrivals (default: %(default)s)"
     )
     parser.add_argument(
@@ -112,6 +119,7 @@ def options_of(args: argparse.Namespace) -> Options:
         seed=args.seed,
         device=args.device,
         max_running=args.max_running_sequences,
+        encode_tokens_per_step=args.encode_tokens_per_step,
         checkpoint=args.checkpoint,
         prompts=args.prompts,
     )

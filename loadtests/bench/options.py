@@ -41,6 +41,7 @@ class Options:
     seed: int = 0
     device: str = "cpu"
     max_running: int = 64
+    encode_tokens_per_step: int = 2048
     minutes: float | None = None  # nothing new begins then
     checkpoint: Path = DEMO
     prompts: Path | None = None
@@ -56,7 +57,7 @@ class Options:
             for name in given:
                 if name not in known:
                     raise ValueError(f"no {what} {name!r} on {self.device}; there are {', '.join(known)}")
-        for name in ("rounds", "threads", "max_running"):
+        for name in ("rounds", "threads", "max_running", "encode_tokens_per_step"):
             if getattr(self, name) < 1:
                 raise ValueError(f"--{name.replace('_', '-')} must be at least 1, not {getattr(self, name)}")
         if self.minutes is not None and not self.minutes > 0:
@@ -92,4 +93,5 @@ class Options:
             device=self.device,
             threads=self.threads,
             max_running=self.max_running if max_running is None else max_running,
+            encode_tokens_per_step=self.encode_tokens_per_step,
         )

@@ -22,19 +22,18 @@ from serve.engine.step_output import StepOutput
 from serve.sampling_params import SamplingParams
 
 NAME = "ours"
-ENCODE_TOKENS_PER_STEP = EngineSettings().encode_tokens_per_step  # the server's default keeps pauses shorter
 _CACHE_SHARE, _MAX_CACHE_BYTES, _CUDA_CACHE_SHARE = 0.25, 4 << 30, 0.8  # the torch runtime's
 _ENCODER_CACHE_SHARE = 8  # one part in so many is for prompts that are not in use
 
 
-def engine_settings(device: str, max_running: int) -> EngineSettings:
-    """The limits that `flan-serve` would choose by itself on this machine."""
-    if device == "cuda":
+def engine_settings(place: Place) -> EngineSettings:
+    """What `place` says, with the memory that `flan-serve` would choose by itself on this machine."""
+    if place.device == "cuda":
         total = int(torch.cuda.mem_get_info()[0] * _CUDA_CACHE_SHARE)
     else:
         total = min(_MAX_CACHE_BYTES, int(psutil.virtual_memory().total * _CACHE_SHARE))
     saved = total // _ENCODER_CACHE_SHARE
-    return EngineSettings(max_running, ENCODE_TOKENS_PER_STEP, total - saved, saved)
+    return EngineSettings(place.max_running, place.encode_tokens_per_step, total - saved, saved)
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,7 +56,8 @@ class OurSystem:
         torch.set_num_threads(place.threads)
         self._threads = place.threads
         self._model = modes.load(setting, place) if model is None else model
-        self._settings = engine_settings(place.device, place.max_running)
+        self._settings = engine_settings(place)
+        self.encode_tokens_per_step = place.encode_tokens_per_step
         self.vocab_size = self._model.config.vocab_size
         self.engine: Engine = make_engine(self._model, self._settings)
         self._keys = itertools.count()

@@ -51,6 +51,7 @@ def run(options: Options, arguments: Sequence[str] = ()) -> dict[str, Any]:
         "effort": options.effort,
         "seed": options.seed,
         "max_running_sequences": options.max_running,
+        "encode_tokens_per_step": options.encode_tokens_per_step,
         "versions": environment.versions(),
         "processor": environment.processor(options.device, options.threads),
         "notes": notes + findings.notes,

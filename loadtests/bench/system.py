@@ -40,6 +40,7 @@ class Place:
     device: str = "cpu"
     threads: int = 1
     max_running: int = 64  # sequences that our engine runs at a time
+    encode_tokens_per_step: int = 2048  # prompt tokens that it encodes between two decode steps
     vocab_limit: int | None = None
 
 

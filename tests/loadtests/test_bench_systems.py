@@ -11,6 +11,7 @@ from loadtests import __main__ as cli
 from loadtests.bench import profiles, prompts
 from loadtests.bench.ctranslate2_system import installed
 from loadtests.bench.effort import EFFORTS
+from loadtests.bench.our_system import OurSystem
 from loadtests.bench.shapes import SHAPES, write_checkpoint
 from loadtests.bench.system import Place, System
 from loadtests.bench.worker import open_system
@@ -96,6 +97,20 @@ def test_samples_of_ours_cost_one_encoder_pass(folder: Path) -> None:
     samples = WORKLOADS["samples"]
     for case in samples.cases(EFFORTS["trial"]):
         assert samples.measure(own, case, str(case["name"])).metrics["encoder_passes"] == 1.0
+
+
+def test_ours_encodes_so_many_tokens_a_step(folder: Path) -> None:
+    own = open_system("ours", "float32", Place(str(folder), "tiny", encode_tokens_per_step=10))
+    assert isinstance(own, OurSystem)
+    for request in prompts.equal(prompts.generator("key"), 4, 5, 2, own.vocab_size):
+        own.submit(request)
+    encoded = []
+    while own.engine.has_work:
+        stats = own.step().stats
+        assert stats is not None
+        encoded.append(stats.encode_tokens)
+    assert encoded[:2] == [10, 10]
+    assert sum(encoded) == 20
 
 
 def test_a_long_prompt_is_read_beside_an_encode_batch(folder: Path) -> None:

@@ -40,7 +40,7 @@ class LongPrompt(Workload):
         return [{"name": f"{effort.long_prompt} tokens arrive at {effort.streams} streams", **case}]
 
     def measure(self, system: System, case: Case, key: str) -> Measured:
-        from loadtests.bench.our_system import ENCODE_TOKENS_PER_STEP, ours
+        from loadtests.bench.our_system import ours
 
         own = ours(system)
         rng = prompts.generator(key)
@@ -56,7 +56,7 @@ class LongPrompt(Workload):
         while own.engine.has_work:
             _step(own, told)
         [first] = told.pop(newcomer)
-        bounded = _encode_batch(own, rng)
+        bounded = _encode_batch(own, rng, max(own.encode_tokens_per_step, case["long"]))
         before, after = _gaps(told.values(), arrival)
         typical = statistics.median(before)
         return Measured(
@@ -67,17 +67,15 @@ class LongPrompt(Workload):
                 "encode_batch": bounded,
                 "gap_by_encode_batch": max(after) / bounded,
                 "long_prompt_ttft": first - arrival,
-                "encode_tokens_per_step": ENCODE_TOKENS_PER_STEP,
+                "encode_tokens_per_step": own.encode_tokens_per_step,
             }
         )
 
 
-def _encode_batch(own: OurSystem, rng: random.Random) -> float:
-    """Seconds of a step that encodes one whole budget, as one prompt, and decodes for it alone."""
-    from loadtests.bench.our_system import ENCODE_TOKENS_PER_STEP
-
+def _encode_batch(own: OurSystem, rng: random.Random, tokens: int) -> float:
+    """Seconds of a step that encodes so many tokens, as one prompt, and decodes for it alone."""
     own.generate(prompts.equal(rng, 1, 2, 1, own.vocab_size))
-    [full] = prompts.equal(rng, 1, ENCODE_TOKENS_PER_STEP, 1, own.vocab_size)
+    [full] = prompts.equal(rng, 1, tokens, 1, own.vocab_size)
     own.submit(full)
     began = time.perf_counter()
     own.step()
