@@ -33,7 +33,9 @@ class SpareMemory:
         return memory
 
     def give(self, memory: Tensor) -> None:
-        """Keep what `take` gave; sizes that nobody gave for longest make room for it."""
+        """Keep what `take` gave, if it is not more than may be kept; sizes that nobody gave for longest make room."""
+        if memory.nbytes > self._most_bytes:
+            return
         kept = self._kept.pop(memory.nbytes, [])
         kept.append(memory)
         self._kept[memory.nbytes] = kept

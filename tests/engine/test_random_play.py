@@ -91,8 +91,8 @@ def test_nothing_is_lost(model: T5Model) -> None:
                 preempted += preempted_now(engine)
                 scheduler = engine.scheduler
                 assert scheduler.room.used_bytes <= cache_bytes
-                begun = {item.request_id for item in scheduler.waiting if item.request_id in scheduler._started}
-                assert scheduler.requests_waiting == len({item.request_id for item in scheduler.waiting} - begun)
+                waiting = {item.request_id for item in scheduler.waiting}
+                assert scheduler.requests_waiting == len(waiting - scheduler._started)
             if event.abort is not None and engine._sequences:
                 victim = list(engine._sequences)[event.abort % len(engine._sequences)]
                 engine.abort(victim)

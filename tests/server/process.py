@@ -27,6 +27,12 @@ def make_checkpoint(folder: Path, *, seed: int = 0) -> Path:
     return folder
 
 
+def own_environment() -> dict[str, str]:
+    """Of a server in the tests: no settings from outside, no network, one thread."""
+    kept = {name: text for name, text in os.environ.items() if not name.startswith("FLAN_SERVE_")}
+    return kept | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+
+
 class ServerProcess:
     """`python -m serve` on free ports; `with` waits for the ready line and ends it with SIGTERM.
 
@@ -47,13 +53,12 @@ class ServerProcess:
         self.lines: list[str] = []
         self.rest_url = self.grpc_target = self.model = ""
         self._ready = threading.Event()
-        kept = {name: text for name, text in os.environ.items() if not name.startswith("FLAN_SERVE_")}
         self.process = subprocess.Popen(
             [sys.executable, "-m", "serve", "--port", "0", "--grpc-port", "0", *argv],
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
-            env={**kept, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", **({} if env is None else env)},
+            env=own_environment() | ({} if env is None else env),
         )
         assert self.process.stdout is not None
         assert self.process.stderr is not None

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import signal
 import socket
@@ -20,7 +19,7 @@ import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from serve.client import FlanClient
-from tests.server.process import ServerProcess, make_checkpoint
+from tests.server.process import ServerProcess, make_checkpoint, own_environment
 
 
 def rest(server: ServerProcess, path: str, **body: object) -> httpx.Response:
@@ -42,7 +41,7 @@ def test_the_ready_line_is_one_write_and_all_of_the_output() -> None:
     """Where a pipe is shared, nobody's text can get into the line; Python is unbuffered, as in our image."""
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)  # keeps writes apart
     command = [sys.executable, "-u", "-m", "serve", "--port", "0", "--grpc-port", "0"]
-    environ = {name: text for name, text in os.environ.items() if not name.startswith("FLAN_SERVE_")}
+    environ = own_environment()
     with ours, subprocess.Popen(command, stdout=theirs.fileno(), stderr=subprocess.DEVNULL, env=environ) as process:
         theirs.close()
         ours.settimeout(60)
